@@ -1,0 +1,63 @@
+"""The embedded data, several seeds: ours beside the comparators, labels hidden or given.
+
+python -m benchmarks.demo --labels hidden
+python -m benchmarks.demo --labels given
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from benchmarks.record import mean_and_deviation, write_result
+from sdood_plugin.artifacts import read_json
+from sdood_plugin.cli import read_config
+from sdood_plugin.config import as_dict
+from sdood_plugin.context import Context
+from sdood_plugin.run import run
+from sdood_plugin.stages import label_quality
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    """Run the seeds one after the other and write results/demo-LABELS[-suffix].json after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", choices=["hidden", "given"], required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yml")
+    parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    options = parser.parse_args()
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    base = dataclasses.replace(read_config(options.config), report=False)
+    if options.labels == "given":
+        base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
+    name = f"demo-{options.labels}{options.suffix}"
+    rows: list[dict] = []
+    for seed in options.seeds:
+        folder = ROOT / "runs" / "benchmarks" / f"{name}-{seed}"
+        run(dataclasses.replace(base, seed=seed), folder)
+        quality = label_quality(Context(dataclasses.replace(base, seed=seed), folder)) or {}
+        extra = {"labels": options.labels, **{f"label_{key}": value for key, value in quality.items()}}
+        rows += [row | extra for row in read_json(folder / "metrics.json")["rows"]]
+        write_result(name, as_dict(base), options.seeds[: options.seeds.index(seed) + 1], rows)
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """Mean and standard deviation of the AUROC by method and test set."""
+    sets = list(dict.fromkeys(row["ood"] for row in rows))
+    lines = ["AUROC".ljust(16) + "".join(name.rjust(16) for name in sets)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == name]) for name in sets]
+        lines.append(method.ljust(16) + "".join(f"{mean:.1f} +- {deviation:.1f}".rjust(16) for mean, deviation in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`python -m sdood_plugin` is `sdood`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

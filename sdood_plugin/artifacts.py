@@ -1,0 +1,208 @@
+"""Files that are whole or absent: atomic writes, content hashes, safetensors + JSON, the provenance record."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+
+TENSORS_SUFFIX = ".safetensors"
+_PACKAGES = ("sdood_plugin", "torch", "torchvision", "diffusers", "timm", "accelerate", "numpy", "scikit-learn", "pytorch-ood")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that replaces it when the block ends without an error.
+
+    Raises:
+        RunError: The folder cannot be written or the disk is full; `path` is untouched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise _disk_error(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
+
+
+def _disk_error(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"writing {path}",
+        error.strerror or error,
+        "a folder with write permission and free space",
+        "free space or choose another --out; finished stages are kept",
+    )
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically, as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` atomically, keys in the order given."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        RunError: The file is absent or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise RunError(
+            f"file {path}", "nothing there", "a JSON file written by an earlier stage", "run that stage first"
+        ) from error
+    except ValueError as error:
+        raise RunError(f"file {path}", error, "valid JSON", "delete it and run the stage that writes it again") from error
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV with one header line, atomically."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with a header line, as strings by column name.
+
+    Raises:
+        RunError: The file is absent or is no CSV.
+    """
+    try:
+        with path.open(newline="") as stream:
+            return list(csv.DictReader(stream))
+    except FileNotFoundError as error:
+        raise RunError(f"file {path}", "nothing there", "a CSV written by an earlier stage", "run that stage first") from error
+    except (ValueError, csv.Error) as error:
+        raise RunError(f"file {path}", error, "a CSV in UTF-8", "mend or replace it") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], info: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors, atomically; any shape and dtype, moved to the CPU. Equal contents, equal bytes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(info or {}))
+        except SafetensorError as error:  # how a full disk shows here
+            raise OSError(str(error)) from error
+        if info:
+            _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in a safetensors header: the library writes it in another order each time."""
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same items in another order are not longer"
+        stream.seek(8)
+        stream.write(text.ljust(size))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        RunError: The file is absent, truncated or not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise RunError(
+            f"file {path}", "nothing there", "a safetensors file", "check the path or run the stage that writes it"
+        ) from error
+    except SafetensorError as error:
+        raise RunError(
+            f"file {path}", error, "a whole safetensors file", "copy it again or run the stage that writes it again"
+        ) from error
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def value_hash(value: Any) -> str:
+    """SHA-256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def provenance(command: Sequence[str]) -> dict[str, Any]:
+    """Who made this: command, package versions, commit of the checkout, Python and platform."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "command": list(command),
+        "versions": versions,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None

@@ -1,0 +1,125 @@
+"""A run folder with its configuration, its images and its splits: what every stage is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import RunConfig
+from .data.images import ImageSet
+from .data.sources import load_images
+from .errors import RunError
+from .randomness import derive_seed
+from .training import make_accelerator
+
+
+@dataclass
+class Context:
+    """A run folder with its configuration and, loaded when first needed, its images."""
+
+    config: RunConfig
+    folder: Path
+
+    @cached_property
+    def accelerator(self) -> Any:
+        """Device, precision and processes."""
+        return make_accelerator(self.config)
+
+    @cached_property
+    def _split(self) -> tuple[ImageSet, ImageSet | None]:
+        """Training images and ID test images; without a test set a fifth of the training images becomes one."""
+        data, seed = self.config.data, self.config.seed
+        train = load_images(data.train, data, seed)
+        if data.test is not None:
+            return train, self._checked(load_images(data.test, data, seed), "data.test", train)
+        if not data.ood:
+            return train, None
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "test-split")))
+        cut = len(train) // 5
+        if cut < 2:
+            raise RunError(
+                "training images", len(train), "10 or more, a fifth of them for testing", "give more images or data.test"
+            )
+        return train.subset(order[cut:].sort().values), train.subset(order[:cut].sort().values)
+
+    @staticmethod
+    def _checked(images: ImageSet, name: str, train: ImageSet) -> ImageSet:
+        if images.images.shape[1:] != train.images.shape[1:]:
+            raise RunError(
+                f"images of {name}",
+                f"{images.images.shape[3]} x {images.images.shape[2]}",
+                f"{train.images.shape[3]} x {train.images.shape[2]} like the training images",
+                "give --data.image_size",
+            )
+        return images
+
+    @property
+    def train(self) -> ImageSet:
+        """The unlabelled in-distribution images; their true labels, if any, serve the report only."""
+        return self._split[0]
+
+    @property
+    def test(self) -> ImageSet | None:
+        """The in-distribution test images; None when there is no OOD set to test against."""
+        return self._split[1]
+
+    @cached_property
+    def ood(self) -> dict[str, ImageSet]:
+        """The OOD test sets by name."""
+        data = self.config.data
+        return {
+            ood.name: self._checked(load_images(ood.images, data, self.config.seed), f"data.ood {ood.name}", self.train)
+            for ood in data.ood
+        }
+
+    @cached_property
+    def heldout(self) -> torch.Tensor:
+        """bool (N,): images kept from the diffusion model's and the networks' training, for alpha and the threshold."""
+        count = len(self.train)
+        kept = max(2, round(self.config.data.heldout_fraction * count))
+        if count - kept < 2:
+            raise RunError("training images", count, "4 or more", "give more images")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(self.config.seed, "heldout")))
+        mask = torch.zeros(count, dtype=torch.bool)
+        mask[order[:kept]] = True
+        return mask
+
+    @cached_property
+    def train_fingerprint(self) -> str:
+        """Hash of the training images."""
+        return self.train.fingerprint()
+
+    @cached_property
+    def test_fingerprint(self) -> list[str]:
+        """Hashes of all test images."""
+        return [*([self.test.fingerprint()] if self.test else []), *(images.fingerprint() for images in self.ood.values())]
+
+    @cached_property
+    def labels(self) -> Any:
+        """The pseudo-labels of labels.csv."""
+        from .clustering.labels import read_labels
+
+        return read_labels(self.folder / "labels.csv", self.train)
+
+    def seed(self, stage: str) -> int:
+        """The seed of one stage."""
+        return derive_seed(self.config.seed, stage)
+
+    def training(self, folder: Path, key: str, stage: str) -> dict[str, Any]:
+        """The arguments every training takes."""
+        return {
+            "accelerator": self.accelerator,
+            "seed": self.seed(stage),
+            "folder": folder,
+            "key": key,
+            "checkpoint_seconds": self.config.checkpoint_seconds,
+        }
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.accelerator.is_main_process

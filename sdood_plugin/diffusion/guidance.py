@@ -1,0 +1,70 @@
+"""What guidance points to, as a small algebra: weights on the noise predictions of a few conditions."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UsageError
+from ..randomness import uniform
+
+_TARGET_DRAW = 0  # draw 0 of an outlier's random stream picks classes; noise takes the draws after it
+
+
+def wrong_classes(labels: torch.Tensor, classes: int, *, seed: int, index: torch.Tensor) -> torch.Tensor:
+    """Two different wrong classes for each image; c_r ~ Uniform({0 .. C - 1} without the own class).
+
+    Args:
+        labels: int64 (B,) pseudo-labels in 0 .. C - 1.
+        classes: C, at least 2. With C = 2 there is one wrong class, and the second entry is the own class.
+        seed: Seed of the outlier set.
+        index: int64 (B,), the identity of each outlier.
+
+    Returns:
+        int64 (B, 2), on the device of `labels`.
+    """
+    draw = uniform(seed, index, _TARGET_DRAW, 2)
+    first = (draw[:, 0] * (classes - 1)).long()
+    target = first + (first >= labels).long()
+    if classes == 2:
+        return torch.stack([target, labels], dim=1)
+    second = (draw[:, 1] * (classes - 2)).long()
+    low, high = torch.minimum(target, labels), torch.maximum(target, labels)
+    second = second + (second >= low).long()
+    return torch.stack([target, second + (second >= high).long()], dim=1)
+
+
+def guidance_terms(
+    mode: str, weight: float, labels: torch.Tensor, wrong: torch.Tensor, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The conditions whose predictions are mixed, and their weights, which sum to 1.
+
+    other: (1 + w) eps(c_r) - w eps(null), the paper's; away: (1 + w) eps(null) - w eps(y); blend: (1 + w) times the
+    mean of eps of two classes - w eps(null); same: eps(y), the control. Terms of weight 0 are left out.
+
+    Args:
+        mode: One of the four names.
+        weight: w >= -1; diffusers' guidance_scale is 1 + w. At w = -1 `other` and `blend` are unconditional, `away` at 0.
+        labels: int64 (B,) own classes y.
+        wrong: int64 (B, 2) of `wrong_classes`.
+        classes: C, which is also the index of the null class.
+
+    Returns:
+        Conditions int64 (B, M) and weights float32 (M,), M from 1 to 3.
+
+    Raises:
+        UsageError: Unknown mode, or w < -1.
+    """
+    if weight < -1:
+        raise UsageError("guidance weight w", weight, "w >= -1", "raise it")
+    null = torch.full_like(labels, classes)
+    modes = {
+        "other": [(1 + weight, wrong[:, 0]), (-weight, null)],
+        "away": [(1 + weight, null), (-weight, labels)],
+        "blend": [((1 + weight) / 2, wrong[:, 0]), ((1 + weight) / 2, wrong[:, 1]), (-weight, null)],
+        "same": [(1.0, labels)],
+    }
+    if mode not in modes:
+        raise UsageError("guidance mode", mode, f"one of {', '.join(modes)}", "check the name")
+    terms = [(value, condition) for value, condition in modes[mode] if value != 0]
+    conditions = torch.stack([condition for _, condition in terms], dim=1)
+    return conditions, torch.tensor([value for value, _ in terms], dtype=torch.float32, device=labels.device)

@@ -1,0 +1,155 @@
+"""Training of the diffusion model: noise prediction with a dropped condition, on noise levels up to S_max only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch.nn import functional as F
+
+from ..config import DiffusionConfig
+from ..data.augment import flip
+from ..data.images import to_unit
+from ..randomness import derive_seed, step_generator
+from ..training import place, share, train_steps, unet_format, warmup_cosine
+from .unet import alphas_bar, build_unet
+
+
+def add_noise(clean: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+    """x_t = sqrt(abar) x + sqrt(1 - abar) eps; float (B, 3, H, W) twice and abar (B,) or scalar."""
+    abar = abar.to(clean).reshape(-1, 1, 1, 1)
+    return abar.sqrt() * clean + (1 - abar).sqrt() * noise
+
+
+def regression_target(clean: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor, prediction: str) -> torch.Tensor:
+    """What the U-Net should say: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x (Salimans & Ho 2022)."""
+    if prediction == "epsilon":
+        return noise
+    abar = abar.to(clean).reshape(-1, 1, 1, 1)
+    return abar.sqrt() * noise - (1 - abar).sqrt() * clean
+
+
+def drop_condition(labels: torch.Tensor, classes: int, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """Labels int64 (B,) with each replaced by the null class `classes` with the given probability."""
+    dropped = torch.rand(len(labels), generator=generator, device=labels.device) < probability
+    return torch.where(dropped, classes, labels)
+
+
+def train_diffusion(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: DiffusionConfig,
+    *,
+    classes: int,
+    accelerator: Accelerator,
+    seed: int,
+    folder: Path,
+    key: str,
+    checkpoint_seconds: float,
+) -> tuple[UNet2DModel, dict[str, list[float]]]:
+    """Train the U-Net on E || eps_theta(x_t, c) - eps ||^2 (METHOD section 2).
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: int64 (N,) pseudo-labels in 0 .. C - 1.
+        config: The model's and the training's settings.
+        classes: C.
+        accelerator: Device, precision and processes.
+        seed: Seed of this stage.
+        folder: Where the checkpoint goes.
+        key: What the training depends on.
+        checkpoint_seconds: How often to write a checkpoint.
+
+    Returns:
+        The U-Net with its averaged weights, on the accelerator's device, and each step's loss; `timestep` is the mean t.
+    """
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "unet-init"))
+        unet = build_unet(config, classes=classes, image_size=images.shape[-1])
+    unet = place(unet, device, unet_format(device))
+    average = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=1e-4)
+    schedule = warmup_cosine(optimizer, config.steps)
+    wrapped = accelerator.prepare(unet)
+    pool, pool_labels = images.to(device), labels.to(device)
+    abar = alphas_bar(config).float().to(device)
+    highest = max(1, round(config.max_start_fraction * config.timesteps))
+
+    def step(index: int) -> dict[str, torch.Tensor]:
+        generator = step_generator(seed, "diffusion", index, device)
+        chosen = torch.randint(len(pool), (config.batch_size,), generator=generator, device=device)
+        t = torch.randint(highest, (config.batch_size,), generator=generator, device=device)
+        condition = drop_condition(pool_labels[chosen], classes, config.condition_dropout, generator)
+        clean = to_unit(pool[chosen])
+        if config.flips:
+            clean = flip(clean, generator)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        mine = share(torch.arange(config.batch_size, device=device), accelerator)
+        clean, noise, t, condition = clean[mine], noise[mine], t[mine], condition[mine]
+        noisy = add_noise(clean, noise, abar[t]).contiguous(memory_format=unet_format(device))
+        with accelerator.autocast():
+            predicted = wrapped(noisy, t, class_labels=condition, return_dict=False)[0]
+        loss = F.mse_loss(predicted.float(), regression_target(clean, noise, abar[t], config.prediction))
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(unet.parameters(), config.gradient_clip)
+        optimizer.step()
+        schedule.step()
+        average.step(unet.parameters())
+        return {"loss": loss}
+
+    history = train_steps(
+        step,
+        config.steps,
+        {"unet": unet, "average": average, "optimizer": optimizer, "schedule": schedule},
+        accelerator=accelerator,
+        checkpoint=folder / "checkpoint.pt",
+        key=key,
+        checkpoint_seconds=checkpoint_seconds,
+        name="diffusion",
+    )
+    average.copy_to(unet.parameters())
+    return unet.eval(), history
+
+
+def loss_by_noise_level(
+    unet: UNet2DModel,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: DiffusionConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    levels: int = 10,
+    batch_size: int = 256,
+) -> list[dict[str, float]]:
+    """The noise-prediction loss on given images at `levels` noise levels from 0 to S_max: where the model is still bad.
+
+    Args:
+        unet: The trained U-Net on `device`.
+        images: uint8 (N, 3, H, W), at least one.
+        labels: int64 (N,) pseudo-labels.
+        config: The model's settings.
+        device: Where to compute.
+        seed: Seed of the noise.
+        levels: Noise levels.
+        batch_size: Images at once; one batch is drawn a level.
+    """
+    abar = alphas_bar(config).float()
+    highest = max(1, round(config.max_start_fraction * config.timesteps))
+    rows = []
+    for t in sorted({round(i * (highest - 1) / max(1, levels - 1)) for i in range(levels)}):
+        generator = step_generator(seed, "loss-by-level", t)
+        chosen = torch.randperm(len(images), generator=generator)[:batch_size]
+        clean = to_unit(images[chosen])
+        noise = torch.randn(clean.shape, generator=generator)
+        with torch.inference_mode():
+            noisy = add_noise(clean, noise, abar[t])
+            predicted = unet(noisy.to(device), t, class_labels=labels[chosen].to(device), return_dict=False)[0].float().cpu()
+        target = regression_target(clean, noise, abar[t], config.prediction)
+        rows.append({"timestep": t, "noise": float((1 - abar[t]).sqrt()), "loss": float(F.mse_loss(predicted, target))})
+    return rows

@@ -1,0 +1,75 @@
+"""The class-conditional U-Net and its noise schedule, both from diffusers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+
+from ..artifacts import read_tensors
+from ..config import DiffusionConfig
+from ..errors import UsageError
+
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+ALGORITHMS = {"ddpm": ("sde-dpmsolver++", 1), "ddim": ("dpmsolver++", 1), "dpm": ("dpmsolver++", 2)}
+
+
+def build_unet(config: DiffusionConfig, *, classes: int, image_size: int) -> UNet2DModel:
+    """A U-Net for C classes and the null class, which is class index C.
+
+    Raises:
+        UsageError: The image side cannot be halved as often as there are resolutions.
+    """
+    halvings = len(config.channels) - 1
+    if image_size % 2**halvings:
+        raise UsageError(
+            "diffusion.channels",
+            f"{len(config.channels)} resolutions for {image_size} px",
+            f"a side divisible by {2**halvings}",
+            "use fewer channels or another data.image_size",
+        )
+    plain = [False] * halvings + [config.attention]
+    return UNet2DModel(
+        sample_size=image_size,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=config.layers_per_block,
+        block_out_channels=tuple(config.channels),
+        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in plain),
+        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(plain)),
+        add_attention=config.attention,
+        attention_head_dim=None if not config.attention else math.gcd(config.channels[-1], 32),
+        norm_num_groups=math.gcd(math.gcd(*config.channels) // 4, 32),  # groups of one channel would wipe out class and step
+        num_class_embeds=classes + 1,
+    )
+
+
+def load_unet(path: Path, config: DiffusionConfig, *, classes: int, image_size: int) -> UNet2DModel:
+    """A U-Net with the weights of `path`."""
+    unet = build_unet(config, classes=classes, image_size=image_size)
+    unet.load_state_dict(read_tensors(path))
+    return unet.eval()
+
+
+def make_scheduler(config: DiffusionConfig, sampler: str = "dpm") -> DPMSolverMultistepScheduler:
+    """diffusers' scheduler for one of our samplers.
+
+    DPM-Solver++ of first order is DDIM, and its stochastic form is ancestral DDPM with the posterior variance (Lu et
+    al. 2022, section 4.1 and appendix); so one scheduler serves all three, and it alone takes custom start steps.
+    """
+    algorithm, order = ALGORITHMS[sampler]
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=config.timesteps,
+        beta_schedule=SCHEDULES[config.schedule],
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[config.prediction],
+        algorithm_type=algorithm,
+        solver_order=order,
+        final_sigmas_type="zero",
+    )
+
+
+def alphas_bar(config: DiffusionConfig) -> torch.Tensor:
+    """float64 (T,), the products of 1 - beta: x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps."""
+    return make_scheduler(config).alphas_cumprod.double()

@@ -1,0 +1,249 @@
+"""A finished run as an OpenOOD data root: images, imglists and YAMLs, and the command lines that start the host on them."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from ...artifacts import write_text
+from ...config import RunConfig
+from ...context import Context
+from ...data.images import ImageSet, save_png
+from ...errors import UsageError
+from ...outliers.dataset import OutlierSet
+from .yamls import write_yamls
+
+IMAGES, LISTS, CONFIGS = Path("images_classic/sdood"), Path("benchmark_imglist/sdood"), Path("sdood")
+
+
+def export_openood(run_folder: str | Path, dest: str | Path) -> str:
+    """Write a run's images and outliers as OpenOOD reads them.
+
+    Below `dest`, which may be the host's own data folder: images_classic/sdood, benchmark_imglist/sdood and sdood (the
+    YAMLs and commands.txt). ID images carry their pseudo-labels and an outlier its SOURCE's; held-out images become the
+    validation split and their outliers the OOD validation set, so the host's parameter search sees no test image.
+
+    Args:
+        run_folder: A run whose outliers are generated.
+        dest: Where to write.
+
+    Returns:
+        The command lines, ready to paste.
+
+    Raises:
+        UsageError: No such run, or an earlier export is in the way.
+        RunError: The run's images changed, or its outlier set is broken.
+    """
+    run_folder, dest = Path(run_folder), Path(dest)
+    context = Context(_read_config(run_folder), run_folder)
+    if not (run_folder / "outliers" / "meta.json").is_file():
+        raise UsageError(f"run folder {run_folder}", "no finished outliers", "a run with them", "run `sdood generate` first")
+    taken = next((dest / part for part in (IMAGES, LISTS, CONFIGS) if (dest / part).exists()), None)
+    if taken is not None:
+        raise UsageError("DEST", f"{taken} of an earlier export", "a folder without one", "delete it or choose another DEST")
+    labels, heldout = context.labels, context.heldout
+    outliers = OutlierSet(run_folder / "outliers")
+    lists = _write_id(context, labels.labels, heldout, dest)
+    lists |= _write_made(run_folder / "outliers", outliers, heldout, {False: "oe", True: "oe_heldout"}, dest)
+    if (run_folder / "controls" / "meta.json").is_file():
+        controls = OutlierSet(run_folder / "controls")
+        lists |= _write_made(run_folder / "controls", controls, heldout, {False: "controls"}, dest)
+    groups = _write_ood(context, dest)
+    _write_configs(context, labels.classes, lists, groups, dest)
+    text = _commands(run_folder.resolve(), (dest / CONFIGS).resolve(), all(groups.values()))
+    write_text(dest / CONFIGS / "commands.txt", text)
+    return text
+
+
+def _read_config(run_folder: Path) -> RunConfig:
+    file = run_folder / "config.yaml"
+    if not file.is_file():
+        raise UsageError("RUN", run_folder, "a run folder", "give the --out of an earlier `sdood run`")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig, "run")
+    return parser.instantiate(parser.parse_object({"run": yaml.safe_load(file.read_text())})).run
+
+
+def _write_images(images: ImageSet, rows: torch.Tensor, folder: str, dest: Path) -> list[str]:
+    """PNG files of some images; returns their paths below images_classic."""
+    names = [f"sdood/{folder}/{row:07d}.png" for row in rows.tolist()]
+    with ThreadPoolExecutor(4) as pool:
+        list(
+            pool.map(
+                lambda pair: save_png(dest / IMAGES.parent / pair[0], images.images[pair[1]]),
+                zip(names, rows.tolist(), strict=True),
+            )
+        )
+    return names
+
+
+def _write_list(dest: Path, split: str, names: list[str], labels: list[int]) -> int:
+    write_text(dest / LISTS / f"{split}.txt", "".join(f"{name} {label}\n" for name, label in zip(names, labels, strict=True)))
+    return len(names)
+
+
+def _write_id(context: Context, labels: torch.Tensor, heldout: torch.Tensor, dest: Path) -> dict[str, int]:
+    counts = {}
+    for split, chosen in (("train", ~heldout), ("val", heldout)):
+        rows = chosen.nonzero().flatten()
+        counts[split] = _write_list(dest, split, _write_images(context.train, rows, split, dest), labels[rows].tolist())
+    test = context.test
+    if test is None:
+        names = (dest / LISTS / "val.txt").read_text()
+        write_text(dest / LISTS / "test.txt", names)
+        return {**counts, "test": counts["val"]}
+    true = (
+        test.labels
+        if context.config.clustering.method == "given" and test.labels is not None
+        else torch.zeros(len(test), dtype=torch.int64)
+    )
+    counts["test"] = _write_list(dest, "test", _write_images(test, torch.arange(len(test)), "test", dest), true.tolist())
+    return counts
+
+
+def _write_made(folder: Path, made: OutlierSet, heldout: torch.Tensor, splits: dict[bool, str], dest: Path) -> dict[str, int]:
+    """Copies of generated PNGs, one list for those of training sources and one for those of held-out ones."""
+    counts = {}
+    for kept, split in splits.items():
+        rows = (heldout[made.sources] == kept).nonzero().flatten().tolist()
+        names = [f"sdood/{folder.name}/{made.manifest[row]['file']}" for row in rows]
+        for row, name in zip(rows, names, strict=True):
+            (dest / IMAGES.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / made.manifest[row]["file"], dest / IMAGES.parent / name)
+        counts[split] = _write_list(dest, split, names, made.labels[rows].tolist())
+    return {split: count for split, count in counts.items() if count}
+
+
+def _write_ood(context: Context, dest: Path) -> dict[str, list[str]]:
+    """The run's OOD test sets; names of each group."""
+    groups: dict[str, list[str]] = {"near": [], "far": []}
+    for ood in context.config.data.ood:
+        images = context.ood[ood.name]
+        names = _write_images(images, torch.arange(len(images)), f"ood/{ood.name}", dest)
+        _write_list(dest, f"ood_{ood.name}", names, [-1] * len(images))
+        groups[ood.group].append(ood.name)
+    return groups
+
+
+def _write_configs(context: Context, classes: int, lists: dict[str, int], groups: dict[str, list[str]], dest: Path) -> None:
+    detector, size = context.config.detector, int(context.train.images.shape[-1])
+    root = dest.resolve()
+    wanted = {
+        "train": detector.batch_size,
+        "oe": round(detector.outlier_ratio * detector.batch_size),
+        "controls": round(detector.control_ratio * detector.batch_size),
+    }
+    splits = [
+        name for name in ("train", "oe", "val", "test", "controls", "oe_heldout") if lists.get(name) and wanted.get(name, 1)
+    ]
+
+    def entry(split: str) -> dict[str, Any]:
+        return {"data_dir": f"{root / IMAGES.parent}/", "imglist_pth": str(root / LISTS / f"{split}.txt")}
+
+    workers = {name: f"@{{{name}}}" for name in ("num_workers", "num_gpus", "num_machines")}
+    dataset: dict[str, Any] = {
+        "name": "sdood",
+        "num_classes": classes,
+        "pre_size": size,
+        "image_size": size,
+        "interpolation": "bilinear",
+        "normalization_type": "half",
+        **workers,
+        "split_names": splits,
+    }
+    for split in splits:
+        dataset[split] = {
+            "dataset_class": "ImglistDataset",
+            **entry(split),
+            "batch_size": min(wanted.get(split, 200), lists[split]),
+            "shuffle": split in wanted,
+        }
+    _write_yaml(dest / CONFIGS / "dataset.yml", {"dataset": dataset})
+    if all(groups.values()) and "oe_heldout" in splits:
+        ood = {
+            "name": "sdood_ood",
+            "num_classes": classes,
+            **workers,
+            "dataset_class": "ImglistDataset",
+            "batch_size": 128,
+            "shuffle": False,
+            "split_names": ["val", "nearood", "farood"],
+            "val": entry("oe_heldout"),
+        }
+        ood |= {
+            f"{group}ood": {"datasets": names, **{name: entry(f"ood_{name}") for name in names}}
+            for group, names in groups.items()
+        }
+        _write_yaml(dest / CONFIGS / "ood.yml", {"ood_dataset": ood})
+    write_yamls(dest / CONFIGS)
+    network = dest / CONFIGS / "networks" / "sdood_net.yml"
+    write_text(network, network.read_text().replace("backbone: resnet18_cifar", f"backbone: {detector.backbone}"))
+    post = dest / CONFIGS / "postprocessors" / "sdood.yml"
+    write_text(
+        post,
+        post.read_text().replace("outliers: ''", f"outliers: {yaml.safe_dump(str(context.folder.resolve())).splitlines()[0]}"),
+    )
+
+
+def _write_yaml(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(value, sort_keys=False))
+
+
+def _commands(run_folder: Path, configs: Path, with_ood: bool) -> str:
+    """One line a job; each is whole and can be pasted."""
+    gpus = int(torch.cuda.is_available())
+
+    def line(files: list[str], *settings: str) -> str:
+        return " ".join(
+            [
+                "python -m sdood_plugin.hosts.openood --config",
+                *files,
+                f"--num_gpus {gpus} --num_workers 4 --merge_option merge",
+                *settings,
+            ]
+        )
+
+    def own(*names: str) -> list[str]:
+        return [shlex.quote(str(configs / name)) for name in names]
+
+    def stock(*names: str) -> list[str]:
+        return [f'"$OPENOOD_ROOT"/configs/{name}' for name in names]
+
+    base = stock("preprocessors/base_preprocessor.yml", "pipelines/train/baseline.yml")
+    resnet = stock("networks/resnet18_32x32.yml")
+    udg = (
+        "--network.backbone.name resnet18_32x32 --dataset.train.dataset_class UDGDataset --dataset.oe.dataset_class UDGDataset",
+    )
+    jobs = {
+        "three heads": line(own("dataset.yml", "networks/sdood_net.yml", "pipelines/train_sdood.yml")),
+        "the host's OE": line([*own("dataset.yml"), *resnet, *base, *stock("pipelines/train/train_oe.yml")]),
+        "the host's MixOE (needs as many outliers a batch as images)": line(
+            [*own("dataset.yml"), *resnet, *base, *stock("pipelines/train/train_mixoe.yml")],
+            "--dataset.train.batch_size 64 --dataset.oe.batch_size 64",
+        ),
+        "the host's MCD": line(
+            [*own("dataset.yml"), *stock("networks/mcd_net.yml"), *base, *stock("pipelines/train/train_mcd.yml")],
+            "--network.backbone.name resnet18_32x32",
+        ),
+        "the host's UDG": line(
+            [*own("dataset.yml"), *stock("networks/udg_net.yml"), *base, *stock("pipelines/train/train_udg.yml")], *udg
+        ),
+    }
+    detector = run_folder / "detector" / "detector.safetensors"
+    if with_ood and detector.is_file():
+        jobs["this run's detector on the run's OOD sets"] = line(
+            [
+                *own("dataset.yml", "ood.yml", "networks/sdood_net.yml"),
+                *stock("preprocessors/base_preprocessor.yml", "pipelines/test/test_ood.yml"),
+                *own("postprocessors/sdood.yml"),
+            ],
+            f"--network.pretrained True --network.checkpoint {shlex.quote(str(detector))}",
+        )
+    return "\n".join(f"# {name}\n{command}" for name, command in jobs.items()) + "\n"

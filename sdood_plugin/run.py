@@ -1,0 +1,410 @@
+"""The stages in order over one run folder: what is done is skipped, what was killed resumes, what changed runs again."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import evaluation, stages
+from ._version import __version__
+from .artifacts import file_hash, provenance, read_json, value_hash, write_json, write_text
+from .clustering.labels import given_labels
+from .config import RunConfig, as_dict
+from .context import Context
+from .errors import RunError, UsageError
+from .features import check_backbone
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of the run.
+
+    Attributes:
+        name: Its name on the command line.
+        folder: Where it writes, below the run folder.
+        settings: What of the configuration it depends on.
+        needs: Stages whose artefacts it reads.
+        make: Does the work.
+        outputs: Files and folders that must exist for it to count as done.
+        sees_tests: Whether it reads the test images.
+    """
+
+    name: str
+    folder: str
+    settings: Callable[[RunConfig], dict[str, Any]]
+    needs: tuple[str, ...]
+    make: Callable[[Context, Path, str], None]
+    outputs: tuple[str, ...]
+    sees_tests: bool = False
+
+
+STAGES = (
+    Stage("cluster", "clustering", lambda c: {"clustering": c.clustering}, (), stages.cluster, ("labels.csv",)),
+    Stage(
+        "train-diffusion",
+        "diffusion",
+        lambda c: {"diffusion": c.diffusion, "heldout": c.data.heldout_fraction},
+        ("cluster",),
+        stages.train_diffusion,
+        ("diffusion/unet.safetensors",),
+    ),
+    Stage(
+        "generate",
+        "outliers",
+        lambda c: {"outliers": c.outliers},
+        ("cluster", "train-diffusion"),
+        stages.generate,
+        ("outliers", "controls"),
+    ),
+    Stage(
+        "train-reference",
+        "reference",
+        lambda c: {
+            "detector": dataclasses.replace(c.detector, outlier_ratio=0, control_ratio=0, lambda_out=0),
+            "heldout": c.data.heldout_fraction,
+        },
+        ("cluster",),
+        stages.train_reference,
+        ("reference/reference.safetensors",),
+    ),
+    Stage(
+        "inspect",
+        "inspection",
+        lambda c: {},
+        ("cluster", "generate", "train-reference"),
+        stages.inspect,
+        ("inspection",),
+    ),
+    Stage(
+        "train-detector",
+        "detector",
+        lambda c: {"detector": c.detector, "heldout": c.data.heldout_fraction},
+        ("cluster", "generate"),
+        stages.train_three_heads,
+        ("detector/detector.safetensors",),
+    ),
+    Stage(
+        "calibrate",
+        "calibration",
+        lambda c: {"scoring": c.scoring, "heldout": c.data.heldout_fraction, "with outliers": c.detector.outlier_ratio > 0},
+        ("generate", "train-detector"),
+        stages.calibrate,
+        ("detector/bank.safetensors", "detector/score.json", "detector/heldout.csv"),
+    ),
+    Stage(
+        "evaluate",
+        "evaluation",
+        lambda c: {"ood": c.data.ood},
+        ("train-detector", "calibrate"),
+        evaluation.evaluate,
+        ("evaluation",),
+        True,
+    ),
+    Stage(
+        "compare",
+        "comparison",
+        lambda c: {
+            "compare": c.compare,
+            "k_distance": c.scoring.k_distance,
+            "normalise": c.scoring.normalise,
+            "detector": c.detector,
+            "ood": c.data.ood,
+        },
+        ("cluster", "train-reference"),
+        evaluation.compare,
+        ("comparison/rows.json",),
+        True,
+    ),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+
+
+def with_needs(name: str) -> list[Stage]:
+    """A stage and everything it needs, in order."""
+    wanted = {name}
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted.update(stage.needs)
+    return [stage for stage in STAGES if stage.name in wanted]
+
+
+def run(config: RunConfig, folder: Path, only: str | None = None) -> dict[str, str]:
+    """Run all stages, or one with what it needs, and write metrics, figures and the report.
+
+    Args:
+        config: The settings.
+        folder: The run folder; it may hold an earlier or a killed run.
+        only: Name of the last stage to run.
+
+    Returns:
+        For each stage `done` (nothing to do) or `ran`.
+
+    Raises:
+        UsageError: The folder holds something else.
+        RunError: Another process works in it, or a stage failed.
+    """
+    if config.report and only is None:
+        _require_report_extra()
+    context = Context(config, folder)
+    check_input(context)
+    chosen = list(STAGES) if only is None else with_needs(only)
+    with _locked(folder, context.is_main):
+        if context.is_main:
+            _describe(config, folder)
+        context.accelerator.wait_for_everyone()
+        outcome = {stage.name: _run_stage(stage, context) for stage in chosen}
+        if context.is_main:
+            _write_metrics(context)
+            if only is None and config.report:
+                from .report.page import write_report
+
+                write_report(folder, truth=_truth(context))
+    return outcome
+
+
+def check_input(context: Context) -> None:
+    """Read every image set and look for every file once, so that bad input is found before anything is written.
+
+    Raises:
+        UsageError: A file that is named is not there, the run folder lies among the images, or k exceeds its bank.
+    """
+    config, out = context.config, context.folder.resolve()
+    for name, file in (
+        ("clustering.labels", config.clustering.labels),
+        ("clustering.weights", config.clustering.weights),
+        ("detector.weights", config.detector.weights),
+    ):
+        if file is not None and not Path(file).is_file():
+            raise UsageError(name, file, "a file", "check the path")
+    tests = [config.data.test] if config.data.test is not None else []
+    for images in (config.data.train, *tests, *(ood.images for ood in config.data.ood)):
+        place = Path(images.path).resolve()
+        if images.path != "demo" and place.is_dir() and out.is_relative_to(place):
+            raise UsageError("--out", context.folder, f"a folder outside the images in {images.path}", "choose another folder")
+    for backbone in (config.clustering.backbone, config.detector.backbone):
+        check_backbone(backbone)
+    _ = context.train_fingerprint, context.test_fingerprint
+    if config.clustering.method == "given" and config.clustering.labels is None:
+        given_labels(context.train, None)
+    bank = int((~context.heldout).sum())
+    both = bank * (1 + config.outliers.per_source)  # `outliers.sources` may leave fewer; the score itself checks that
+    votes = config.detector.outlier_ratio > 0
+    for name, k, most in (("k_distance", config.scoring.k_distance, bank), ("k_vote", config.scoring.k_vote, both)):
+        if k > most and (name == "k_distance" or votes):
+            raise UsageError(
+                f"scoring.{name}", k, f"at most {most} for {bank} training images not held out", "lower it or give more images"
+            )
+
+
+def draw_report(folder: Path) -> Path:
+    """Draw the figures and the report of a finished run again, from its files.
+
+    Raises:
+        UsageError: The folder is no run folder, or the `report` extra is absent.
+    """
+    _require_report_extra()
+    if not (folder / "run.json").exists():
+        raise UsageError("--out", folder, "a run folder", "give the --out of an earlier `sdood run`")
+    from .report.page import write_report
+
+    return write_report(folder)
+
+
+def _require_report_extra() -> None:
+    from importlib.util import find_spec
+
+    absent = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if absent:
+        raise UsageError(
+            "report",
+            f"no {' and no '.join(absent)}",
+            "the `report` extra",
+            "pip install 'sdood_plugin[report]' or give --report false",
+        )
+
+
+def _truth(context: Context) -> dict[str, Any]:
+    """What only the report may know: the true labels' verdict on the pseudo-labels."""
+    return {"label_quality": stages.label_quality(context), "notes": context.train.notes}
+
+
+@contextmanager
+def _locked(folder: Path, is_main: bool) -> Iterator[None]:
+    if not is_main:
+        yield
+        return
+    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "run.json" not in present and any(name != "config.yaml" and not name.startswith(".") for name in present):
+        raise UsageError(
+            "--out", folder, "a new folder, an empty one, or an earlier run's", "choose another folder; nothing was written"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(
+            f"run folder {folder}", error.strerror, "a folder with write permission", "choose another --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                f"run folder {folder}",
+                "in use by another process",
+                "one process at a time",
+                "wait for it or choose another --out",
+            ) from error
+        yield
+
+
+def _describe(config: RunConfig, folder: Path) -> None:
+    write_text(folder / "config.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
+    write_json(folder / "run.json", {**provenance(sys.argv), "seed": config.seed, "config_sha256": value_hash(as_dict(config))})
+
+
+def _key_parts(stage: Stage, context: Context) -> dict[str, Any]:
+    """What a stage's artefacts depend on; JSON-able."""
+    config = context.config
+    parts: dict[str, Any] = {"version": __version__, "seed": config.seed, "train images": context.train_fingerprint}
+    for name, value in stage.settings(config).items():
+        parts[name] = (
+            as_dict(value)
+            if dataclasses.is_dataclass(value)
+            else [as_dict(v) for v in value]
+            if isinstance(value, list)
+            else value
+        )
+    given = config.clustering.labels
+    if stage.name == "cluster" and given is not None:
+        parts["label file"] = file_hash(Path(given))
+    weights = config.clustering.weights if stage.name == "cluster" else config.detector.weights if "detector" in parts else None
+    if weights is not None:
+        parts["weights file"] = file_hash(Path(weights))
+    if stage.name == "cluster" and config.clustering.method == "given" and given is None and context.train.labels is not None:
+        parts["labels"] = value_hash(context.train.labels.tolist())
+    if stage.sees_tests:
+        parts["test images"] = context.test_fingerprint
+    for need in stage.needs:
+        parts[f"result of {need}"] = read_json(_record_path(context.folder, need))["result"]
+    return parts
+
+
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / "stages" / f"{name}.json"
+
+
+def _run_stage(stage: Stage, context: Context) -> str:
+    parts = _key_parts(stage, context)
+    key = value_hash(parts)
+    record_path = _record_path(context.folder, stage.name)
+    record = read_json(record_path) if record_path.exists() else None
+    outputs = [context.folder / output for output in stage.outputs]
+    if stage.name == "generate" and not context.config.outliers.controls:
+        outputs = outputs[:1]
+    context.accelerator.wait_for_everyone()  # every process has read the record before one may remove it
+    if record is not None and record["key"] == key and not _lost(record, context.folder):
+        log.info("%s: done, skipped", stage.name)
+        return "done"
+    if record is not None:
+        log.info("%s: runs again: %s", stage.name, _why(record["parts"], parts))
+    else:
+        log.info("%s", stage.name)
+    folder = context.folder / stage.folder
+    if context.is_main:
+        _clear(stage, context, key)
+    context.accelerator.wait_for_everyone()
+    started = time.time()
+    stage.make(context, folder, key)
+    context.accelerator.wait_for_everyone()
+    if context.is_main:
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / ".key").unlink(missing_ok=True)
+        hashes = {path.relative_to(context.folder).as_posix(): file_hash(path) for output in outputs for path in _files(output)}
+        write_json(
+            record_path,
+            {
+                "key": key,
+                "result": value_hash(hashes),
+                "seconds": round(time.time() - started, 2),
+                "parts": parts,
+                "outputs": {output.relative_to(context.folder).as_posix(): len(_files(output)) for output in outputs},
+                "made_by": provenance(sys.argv),
+            },
+        )
+    context.accelerator.wait_for_everyone()
+    return "ran"
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _lost(record: dict[str, Any], folder: Path) -> bool:
+    """Whether files that a finished stage wrote are gone."""
+    return any(len(_files(folder / output)) < count for output, count in record["outputs"].items())
+
+
+def _is_current(stage: Stage, context: Context) -> bool:
+    """Whether a stage's artefacts are those of this configuration: itself and all it needs are done."""
+    record_path = _record_path(context.folder, stage.name)
+    if not record_path.exists() or not all(_is_current(BY_NAME[need], context) for need in stage.needs):
+        return False
+    record = read_json(record_path)
+    return record["key"] == value_hash(_key_parts(stage, context)) and not _lost(record, context.folder)
+
+
+def _clear(stage: Stage, context: Context, key: str) -> None:
+    """Remove what an earlier configuration left; what a killed run of this one left stays."""
+    folder = context.folder / stage.folder
+    marker = folder / ".key"
+    if marker.exists() and marker.read_text() == key:
+        for path in [file for output in (stage.folder, *stage.outputs) for file in (context.folder / output).rglob(".*.*")]:
+            path.unlink(missing_ok=True)  # half-written files of the kill
+        return
+    _record_path(context.folder, stage.name).unlink(missing_ok=True)
+    for path in {folder, *((context.folder / output) for output in stage.outputs)}:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    write_text(marker, key)
+
+
+def _why(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Which part of a stage's key changed, in words."""
+    reasons = []
+    for name in new:
+        before, after = old.get(name), new[name]
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            reasons += [
+                f"{name}.{k} changed from {before.get(k)} to {after.get(k)}" for k in after if before.get(k) != after.get(k)
+            ]
+        else:
+            reasons.append(f"{name} changed" + (f" from {before} to {after}" if isinstance(after, (int, float)) else ""))
+    return "; ".join(reasons) or "its files are gone"
+
+
+def _write_metrics(context: Context) -> None:
+    """metrics.json: the rows of the detector and of the comparators, those that belong to this configuration."""
+    rows = [
+        row
+        for name in ("evaluate", "compare")
+        if _is_current(BY_NAME[name], context)
+        for row in read_json(context.folder / BY_NAME[name].folder / "rows.json")
+    ]
+    write_json(context.folder / "metrics.json", {"rows": rows})

@@ -1,0 +1,156 @@
+"""One loop for every training: progress with ETA, checkpoints, exact resume, an error on a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from .artifacts import atomic_path
+from .config import RunConfig
+from .errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+class Stateful(Protocol):
+    """Anything a checkpoint can hold: modules, optimisers, schedules, averages."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state as plain values and tensors."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Take a state of `state_dict`."""
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """The device, precision and processes of a run.
+
+    Raises:
+        UsageError: `device: cuda` on a machine without one.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device", "cuda", "a CUDA device", "use --device cpu or auto")
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads a loss leaves out get no gradient
+    return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused])
+
+
+def unet_format(device: torch.device) -> torch.memory_format:
+    """The layout a U-Net is fastest in: channels last on a GPU, contiguous on a CPU; backbones want channels last on both."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def place(module: Module, device: torch.device, layout: torch.memory_format = torch.channels_last) -> Module:
+    """The module on the device, in a layout."""
+    return module.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+
+
+def share(indices: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """This process's part of a batch that every process drew alike: the same images train whatever their number."""
+    return indices[accelerator.process_index :: accelerator.num_processes]
+
+
+def progress_bar(name: str, total: int, unit: str, shown: bool, done: int = 0) -> tqdm:
+    """A bar with the time left; on a terminal it moves each second, in a log it is written each half minute."""
+    return tqdm(
+        total=total, initial=done, desc=name, unit=unit, disable=not shown, mininterval=1.0 if sys.stderr.isatty() else 30.0
+    )
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate: linear over the first 5 % of the steps, then a half cosine to 0."""
+    warm = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_steps(
+    step: Callable[[int], Mapping[str, torch.Tensor]],  # does one optimiser step, returns scalar losses, `loss` among them
+    steps: int,
+    state: Mapping[str, Stateful],  # what a checkpoint must hold
+    *,
+    accelerator: Accelerator,
+    checkpoint: Path,
+    key: str,  # what the training depends on; a checkpoint of another key is not resumed
+    checkpoint_seconds: float,
+    name: str,
+) -> dict[str, list[float]]:
+    """Run `step` for 0 .. steps - 1, resuming from `checkpoint` where there is one.
+
+    Returns:
+        The losses by name, one value a step.
+
+    Raises:
+        RunError: A loss is NaN or infinite; the step is named.
+    """
+    first, history = _resume(checkpoint, key, state)
+    recent: list[dict[str, torch.Tensor]] = []
+    check_every = 1 if accelerator.device.type == "cpu" else 25
+    saved = time.monotonic()
+
+    def flush(done: int) -> None:
+        for offset, losses in enumerate(recent):
+            for loss_name, value in losses.items():
+                number = float(value)
+                if not math.isfinite(number):
+                    raise RunError(
+                        f"{name} {loss_name} at step {done - len(recent) + offset}",
+                        number,
+                        "a finite number",
+                        "lower the learning rate or look for broken images; the last checkpoint is kept",
+                    )
+                history.setdefault(loss_name, []).append(number)
+        recent.clear()
+
+    with progress_bar(name, steps, "step", accelerator.is_main_process, first) as bar:
+        for index in range(first, steps):
+            recent.append({loss_name: value.detach() for loss_name, value in step(index).items()})
+            if len(recent) >= check_every or index + 1 == steps:
+                flush(index + 1)
+                bar.set_postfix(loss=f"{history['loss'][-1]:.4f}", refresh=False)
+            bar.update()
+            if time.monotonic() - saved >= checkpoint_seconds and index + 1 < steps:
+                flush(index + 1)
+                if accelerator.is_main_process:
+                    _save(checkpoint, key, index + 1, history, state)
+                saved = time.monotonic()
+    return history
+
+
+def _save(path: Path, key: str, step: int, history: dict[str, list[float]], state: Mapping[str, Stateful]) -> None:
+    content = {"key": key, "step": step, "history": history, "state": {name: item.state_dict() for name, item in state.items()}}
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how a full disk shows here
+            raise OSError(str(error)) from error
+
+
+def _resume(path: Path, key: str, state: Mapping[str, Stateful]) -> tuple[int, dict[str, list[float]]]:
+    if not path.exists():
+        return 0, {}
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if content["key"] != key:
+        return 0, {}
+    for name, item in state.items():
+        item.load_state_dict(content["state"][name])
+    return content["step"], content["history"]

@@ -1,0 +1,237 @@
+"""Noising, targets, dropped conditions, and training that resumes to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from sdood_plugin.artifacts import write_tensors
+from sdood_plugin.config import DiffusionConfig
+from sdood_plugin.diffusion import training
+from sdood_plugin.diffusion.training import add_noise, drop_condition, loss_by_noise_level, regression_target, train_diffusion
+from sdood_plugin.diffusion.unet import alphas_bar, build_unet, load_unet
+from sdood_plugin.errors import UsageError
+
+from ..resuming import assert_resumes, assert_same
+
+
+def linear_bar(timesteps=1000):
+    """abar by hand: the product of 1 - beta, beta from 1e-4 to 0.02."""
+    product, found = 1.0, []
+    for i in range(timesteps):
+        product *= 1 - (1e-4 + (0.02 - 1e-4) * i / (timesteps - 1))
+        found.append(product)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def test_linear_schedule_is_the_product_of_its_betas():
+    bar = alphas_bar(DiffusionConfig(schedule="linear"))
+    torch.testing.assert_close(bar, linear_bar(), rtol=1e-4, atol=0)
+    # the noise levels METHOD section 3 quotes
+    assert [round(float((1 - bar[t]).sqrt()), 2) for t in (100, 200, 400)] == pytest.approx([0.32, 0.58, 0.90], abs=0.011)
+
+
+def test_cosine_schedule_is_milder():
+    bar = alphas_bar(DiffusionConfig(schedule="cosine"))
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    cosine = (
+        torch.cos((t + 0.008) / 1.008 * torch.pi / 2).square()
+        / torch.cos(torch.tensor(0.008 / 1.008 * torch.pi / 2, dtype=torch.float64)).square()
+    )
+    torch.testing.assert_close(bar[:990], cosine[:990], rtol=1e-3, atol=1e-6)
+    assert (bar[50:900] > linear_bar()[50:900]).all()
+
+
+def test_noising_is_its_equation(generator):
+    clean, noise = torch.randn(2, 4, 3, 5, 5, generator=generator)
+    abar = torch.tensor([0.99, 0.5, 0.1, 0.001])
+    found = add_noise(clean, noise, abar)
+    for b in range(4):
+        a = float(abar[b])
+        torch.testing.assert_close(
+            found[b].double(), a**0.5 * clean[b].double() + (1 - a) ** 0.5 * noise[b].double(), atol=1e-6, rtol=1e-6
+        )
+    torch.testing.assert_close(add_noise(clean, noise, abar[1]), add_noise(clean, noise, abar[1].expand(4)))
+
+
+def test_targets_let_the_clean_image_be_recovered(generator):
+    clean, noise = torch.randn(2, 4, 3, 5, 5, generator=generator, dtype=torch.float64)
+    abar = torch.tensor([0.99, 0.5, 0.1, 0.01], dtype=torch.float64)
+    a, x = abar.reshape(-1, 1, 1, 1), add_noise(clean, noise, abar)
+    eps, v = (regression_target(clean, noise, abar, name) for name in ("epsilon", "v"))
+    torch.testing.assert_close((x - (1 - a).sqrt() * eps) / a.sqrt(), clean)
+    torch.testing.assert_close(a.sqrt() * x - (1 - a).sqrt() * v, clean)
+    torch.testing.assert_close(a.sqrt() * v + (1 - a).sqrt() * x, noise)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_conditions_are_dropped_at_their_rate_and_otherwise_kept(generator, probability):
+    labels = torch.arange(40000) % 7
+    found = drop_condition(labels, 7, probability, generator)
+    dropped = found == 7
+    assert torch.equal(found[~dropped], labels[~dropped])
+    for own in range(7):  # at the same rate in every class
+        share = dropped[labels == own].double().mean()
+        assert abs(share - probability) < 5 * (probability * (1 - probability) / (40000 / 7)) ** 0.5
+
+
+@pytest.mark.parametrize(("fraction", "highest"), [(0.3, 30), (1.0, 100), (0.001, 1)])
+def test_noise_levels_above_the_highest_are_never_trained(monkeypatch, tmp_path, accelerator, tiny, pictures, fraction, highest):
+    seen = []
+    real = training.add_noise
+    monkeypatch.setattr(training, "add_noise", lambda clean, noise, abar: (seen.append(abar), real(clean, noise, abar))[1])
+    config = dataclasses.replace(tiny, max_start_fraction=fraction, steps=3, batch_size=300)
+    train_diffusion(
+        pictures.images,
+        pictures.labels,
+        config,
+        classes=3,
+        accelerator=accelerator,
+        seed=0,
+        folder=tmp_path,
+        key="",
+        checkpoint_seconds=1e9,
+    )
+    found, bar = torch.cat(seen), alphas_bar(config).float()
+    assert found.min() == bar[highest - 1] and found.max() == bar[0]  # 900 draws reach both ends
+    assert len(found.unique()) == highest
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_loss_of_a_step_is_the_mean_squared_error_of_the_prediction(
+    tmp_path, monkeypatch, accelerator, tiny, pictures, prediction
+):
+    config = dataclasses.replace(tiny, prediction=prediction, steps=1)
+    given = {}
+    real = training.add_noise
+    monkeypatch.setattr(
+        training,
+        "add_noise",
+        lambda clean, noise, abar: given.update(clean=clean, noise=noise, abar=abar) or real(clean, noise, abar),
+    )
+    seen = []
+    real_unet = training.build_unet
+
+    def recording(*args, **kwargs):
+        unet = real_unet(*args, **kwargs)
+        unet.register_forward_hook(
+            lambda module, args, kwargs, output: seen.append((kwargs["class_labels"], output[0].detach().double())),
+            with_kwargs=True,
+        )
+        return unet
+
+    monkeypatch.setattr(training, "build_unet", recording)
+    _, history = train_diffusion(
+        pictures.images,
+        pictures.labels,
+        config,
+        classes=3,
+        accelerator=accelerator,
+        seed=0,
+        folder=tmp_path,
+        key="",
+        checkpoint_seconds=1e9,
+    )
+    clean, noise, abar = (given[name].double() for name in ("clean", "noise", "abar"))
+    a = abar.reshape(-1, 1, 1, 1)
+    target = noise if prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * clean
+    ((condition, predicted),) = seen
+    assert history["loss"] == [pytest.approx(float((predicted - target).square().mean()), rel=1e-5)]
+    assert set(condition.tolist()) <= {0, 1, 2, 3}
+
+
+def run(folder, accelerator, tiny, pictures, key="k", checkpoint_seconds=0.0):
+    unet, history = train_diffusion(
+        pictures.images,
+        pictures.labels,
+        tiny,
+        classes=3,
+        accelerator=accelerator,
+        seed=3,
+        folder=folder,
+        key=key,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    return unet.state_dict(), history
+
+
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, tiny, pictures):
+    assert_resumes(lambda folder, by, **settings: run(folder, by, tiny, pictures, **settings), tmp_path, accelerator, die_at=3)
+
+
+def test_global_randomness_is_left_alone_and_the_result_does_not_depend_on_it(tmp_path, accelerator, tiny, pictures):
+    before = torch.get_rng_state()
+    first = run(tmp_path / "a", accelerator, tiny, pictures, checkpoint_seconds=1e9)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert_same(run(tmp_path / "b", accelerator, tiny, pictures, checkpoint_seconds=1e9), first)
+
+
+def test_the_weights_returned_are_the_average(tmp_path, accelerator, tiny, pictures):
+    # decay 0 leaves the last weights, a high decay stays near the first ones
+    runs = {}
+    for decay in (0.0, 0.999):
+        runs[decay] = run(
+            tmp_path / str(decay), accelerator, dataclasses.replace(tiny, ema_decay=decay), pictures, checkpoint_seconds=1e9
+        )
+    assert runs[0.0][1] == runs[0.999][1]  # the training itself is the same
+    assert any(not torch.equal(a, b) for a, b in zip(runs[0.0][0].values(), runs[0.999][0].values(), strict=True))
+
+
+def test_it_learns(tmp_path, accelerator, tiny):
+    # two classes of one colour each: after a while the U-Net says the noise much better than 0 does
+    labels = torch.arange(32) % 2
+    images = torch.where(labels.bool()[:, None, None, None], 230, 25).expand(32, 3, 8, 8).to(torch.uint8).contiguous()
+    config = dataclasses.replace(tiny, steps=80, batch_size=32, lr=3e-3, ema_decay=0.9)
+    _, history = train_diffusion(
+        images, labels, config, classes=2, accelerator=accelerator, seed=0, folder=tmp_path, key="", checkpoint_seconds=1e9
+    )
+    assert sum(history["loss"][-10:]) / 10 < 0.5 * history["loss"][0]
+
+
+def test_loss_by_noise_level_of_a_network_that_says_nothing(pictures):
+    config = DiffusionConfig(max_start_fraction=0.3)
+    many = pictures.images.repeat(20, 1, 1, 1)
+    rows = loss_by_noise_level(
+        lambda x, t, class_labels, return_dict: (torch.zeros_like(x),),
+        many,
+        pictures.labels.repeat(20),
+        config,
+        device=torch.device("cpu"),
+        seed=0,
+    )
+    assert [row["timestep"] for row in rows] == [round(i * 299 / 9) for i in range(10)]
+    bar = linear_bar()
+    assert [row["noise"] for row in rows] == pytest.approx([float((1 - bar[row["timestep"]]).sqrt()) for row in rows], rel=1e-3)
+    assert [row["loss"] for row in rows] == pytest.approx([1.0] * 10, abs=0.05)  # the variance of the noise
+
+
+def test_unets_survive_the_disk(tmp_path, tiny, unet):
+    write_tensors(tmp_path / "unet.safetensors", unet.state_dict())
+    loaded = load_unet(tmp_path / "unet.safetensors", tiny, classes=3, image_size=8)
+    assert_same(loaded.state_dict(), unet.state_dict())
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("channels", [[16], [16, 16], [32, 64, 64]])
+@pytest.mark.parametrize("attention", [False, True])
+def test_every_class_the_null_class_and_the_step_are_heard(tiny, channels, attention):
+    # group norm with one channel a group would subtract them again, as they are constant over the image
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        built = build_unet(dataclasses.replace(tiny, channels=channels, attention=attention), classes=4, image_size=8)
+    assert built.class_embedding.num_embeddings == 5
+    x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(6, 3, 8, 8)
+    with torch.no_grad():
+        said = built(x, torch.tensor([3, 3, 3, 3, 3, 90]), class_labels=torch.tensor([0, 1, 2, 3, 4, 0]), return_dict=False)[0]
+    assert said.shape == x.shape
+    for first in range(6):
+        for second in range(first):
+            assert (said[first] - said[second]).std() > 0.02 * said.std()
+
+
+def test_refuses_a_side_that_cannot_be_halved(tiny):
+    with pytest.raises(UsageError, match="3 resolutions for 10 px.*divisible by 4"):
+        build_unet(dataclasses.replace(tiny, channels=[16, 16, 16]), classes=3, image_size=10)

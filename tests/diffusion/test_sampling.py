@@ -1,0 +1,292 @@
+"""Guided partial sampling where everything is known in closed form.
+
+The data are Gaussians of one class each: the first channel is the meaning (mean +-MEANING by class, narrow), the
+other two are the nuisance (standard normal whatever the class). Their noise prediction is exact, so is the solution of
+the probability flow, and DDPM and DDIM can be written out or taken from diffusers' own schedulers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from sdood_plugin.config import DiffusionConfig
+from sdood_plugin.diffusion.guidance import guidance_terms, wrong_classes
+from sdood_plugin.diffusion.sampling import guided_partial_sample, mix_predictions, start_step, visited_steps
+from sdood_plugin.diffusion.unet import alphas_bar
+from sdood_plugin.randomness import normal
+
+LINEAR = DiffusionConfig(schedule="linear")
+SPREAD = 0.1  # standard deviation of the meaning
+SIDE = 2
+
+
+def means(classes: int) -> torch.Tensor:
+    """Class means (C, 3, 2, 2): pixel c of the meaning is +1 for class c and -1 for the others; no nuisance."""
+    centre = torch.zeros(classes, 3, SIDE * SIDE)
+    centre[:, 0] = -1
+    centre[torch.arange(classes), 0, torch.arange(classes)] = 1
+    return centre.reshape(classes, 3, SIDE, SIDE)
+
+
+def variance() -> torch.Tensor:
+    return torch.tensor([SPREAD**2, 1.0, 1.0]).reshape(3, 1, 1)
+
+
+def exact_denoiser(config: DiffusionConfig, classes: int):
+    """eps(x_t, t, c) of class c, and of the mixture of all classes for c = C; or the v that says the same."""
+    bar, centre = alphas_bar(config), means(classes).double()
+
+    def denoiser(x, t, condition):
+        a = bar[t].reshape(-1, 1, 1, 1, 1)
+        total = a * variance().double() + 1 - a  # variance of x_t
+        offset = x.double()[:, None] - a.sqrt() * centre  # (B, C, 3, H, W)
+        eps = (1 - a).sqrt() * offset / total
+        responsibility = (-0.5 * (offset.square() / total).sum(dim=(2, 3, 4))).softmax(dim=1)
+        responsibility = torch.where(
+            (condition == classes)[:, None], responsibility, torch.nn.functional.one_hot(condition % classes, classes).double()
+        )
+        found = (responsibility[:, :, None, None, None] * eps).sum(1)
+        if config.prediction == "v":
+            a = a[:, 0]
+            clean = (x.double() - (1 - a).sqrt() * found) / a.sqrt()
+            found = a.sqrt() * found - (1 - a).sqrt() * clean
+        return found.float()
+
+    return denoiser
+
+
+def sources(count: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(count) % classes
+    noise = normal(99, torch.arange(count), 0, (3, SIDE, SIDE))
+    return means(classes)[labels] + variance().sqrt() * noise, labels
+
+
+def sample(config, classes, images, conditions, weights, **settings):
+    index = torch.arange(len(images))
+    noise = settings.pop("noise", lambda draw: normal(1, index, draw, tuple(images.shape[1:])))
+    return guided_partial_sample(exact_denoiser(config, classes), images, conditions, weights, noise, config, **settings)
+
+
+def noised(config, images, fraction):
+    abar = alphas_bar(config)[start_step(fraction, config.timesteps)]
+    return abar.sqrt() * images.double() + (1 - abar).sqrt() * normal(
+        1, torch.arange(len(images)), 1, tuple(images.shape[1:])
+    ).double(), abar
+
+
+def flow(config, images, fraction, centre):
+    """Where the probability flow of a Gaussian ends: the noisy image's standard score stays."""
+    x, abar = noised(config, images, fraction)
+    return centre.double() + variance().double().sqrt() * (x - abar.sqrt() * centre) / (abar * variance() + 1 - abar).sqrt()
+
+
+def correlation(first, second):
+    return float(torch.corrcoef(torch.stack([first[:, 1:].flatten(), second[:, 1:].flatten()]).double())[0, 1])
+
+
+CONFIGS = [
+    DiffusionConfig(schedule=schedule, prediction=prediction)
+    for schedule in ("linear", "cosine")
+    for prediction in ("epsilon", "v")
+]
+IDS = [f"{config.schedule}-{config.prediction}" for config in CONFIGS]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+@pytest.mark.parametrize(("sampler", "steps", "error"), [("ddim", 300, 0.03), ("dpm", 10, 0.2), ("dpm", 40, 0.03)])
+def test_ends_where_the_probability_flow_ends(config, sampler, steps, error):
+    images, labels = sources(64, 2)
+    made = sample(config, 2, images, (1 - labels)[:, None], torch.ones(1), start_fraction=0.3, sampler=sampler, steps=steps)
+    assert (made - flow(config, images, 0.3, means(2)[1 - labels])).abs().max() < error
+
+
+def test_ten_dpm_steps_agree_with_many_ddim_steps():
+    images, labels = sources(64, 3)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(64))
+    terms = guidance_terms("other", 2.0, labels, wrong, 3)
+    many = sample(LINEAR, 3, images, *terms, start_fraction=0.3, sampler="ddim", steps=300)
+    error = {
+        name: (sample(LINEAR, 3, images, *terms, start_fraction=0.3, sampler=name, steps=10) - many).square().mean().sqrt()
+        for name in ("dpm", "ddim")
+    }
+    assert error["dpm"] < 0.05
+    assert error["dpm"] < error["ddim"] / 2
+
+
+@pytest.mark.parametrize("w", [0.0, 2.0])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_guidance_changes_the_meaning_and_keeps_the_nuisance(sampler, w):
+    images, labels = sources(600, 2)
+    wrong = wrong_classes(labels, 2, seed=0, index=torch.arange(600))
+    made = sample(
+        LINEAR, 2, images, *guidance_terms("other", w, labels, wrong, 2), start_fraction=0.3, sampler=sampler, steps=100
+    )
+    own, other = means(2)[labels][:, 0], means(2)[1 - labels][:, 0]
+    assert ((images[:, 0] - own).square().sum((1, 2)) < (images[:, 0] - other).square().sum((1, 2))).all()
+    assert ((made[:, 0] - other).square().sum((1, 2)) < (made[:, 0] - own).square().sum((1, 2))).all()
+    # the nuisance of the source survives as the mathematics says: sqrt(abar) along the flow, abar by ancestral sampling
+    abar = float(alphas_bar(LINEAR)[start_step(0.3, 1000)])
+    assert correlation(made, images) == pytest.approx(abar if sampler == "ddpm" else math.sqrt(abar), abs=0.05)
+    assert abs(correlation(made, images.roll(1, 0))) < 0.08
+
+
+def test_the_own_class_is_kept_by_the_control():
+    images, labels = sources(60, 3)
+    made = sample(
+        LINEAR, 3, images, *guidance_terms("same", 3.0, labels, torch.zeros(60, 2, dtype=torch.int64), 3), start_fraction=0.3
+    )
+    torch.testing.assert_close(made[:, 0], means(3)[labels][:, 0], atol=0.45, rtol=0)
+    assert correlation(made, images) > 0.6
+
+
+def test_a_blend_ends_between_two_wrong_classes():
+    images, labels = sources(60, 3)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(60))
+    made = sample(
+        LINEAR, 3, images, *guidance_terms("blend", 0.0, labels, wrong, 3), start_fraction=0.3, sampler="ddim", steps=300
+    )
+    midpoint = means(3)[wrong].mean(dim=1)  # the mean of two Gaussians' predictions is the prediction of the one between
+    assert (made - flow(LINEAR, images, 0.3, midpoint)).abs().max() < 0.03
+
+
+def test_away_leaves_the_own_class():
+    images, labels = sources(60, 3)
+    own, moved = means(3)[labels][:, 0], {}
+    for mode in ("away", "same"):
+        for fraction in (0.2, 0.3, 0.5):
+            made = sample(
+                LINEAR,
+                3,
+                images,
+                *guidance_terms(mode, 3.0, labels, torch.zeros(60, 2, dtype=torch.int64), 3),
+                start_fraction=fraction,
+            )
+            moved[mode, fraction] = float(((made[:, 0] - own).square().sum((1, 2)) > 1).float().mean())
+    # where a noisy image still tells its class for sure, null and own prediction agree and nothing pushes
+    assert moved["away", 0.2] < 0.15 < moved["away", 0.3] < 0.7 < moved["away", 0.5]
+    assert all(moved["same", fraction] == 0 for fraction in (0.2, 0.3, 0.5))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_a_tiny_start_returns_the_source(sampler):
+    images, labels = sources(60, 2)
+    terms = guidance_terms("other", 2.0, labels, wrong_classes(labels, 2, seed=0, index=torch.arange(60)), 2)
+    tiny = sample(LINEAR, 2, images, *terms, start_fraction=0.001, sampler=sampler)
+    assert (tiny - images).abs().max() < 0.1
+    assert (sample(LINEAR, 2, images, *terms, start_fraction=0.3, sampler=sampler) - images).abs().max() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_w_minus_one_is_unconditional(sampler):
+    images, labels = sources(12, 3)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(12))
+    settings = {"start_fraction": 0.3, "sampler": sampler}
+    free = sample(LINEAR, 3, images, torch.full((12, 1), 3), torch.ones(1), **settings)
+    for mode in ("other", "blend"):
+        assert torch.equal(sample(LINEAR, 3, images, *guidance_terms(mode, -1.0, labels, wrong, 3), **settings), free)
+    assert not torch.equal(sample(LINEAR, 3, images, *guidance_terms("other", 0.0, labels, wrong, 3), **settings), free)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+@pytest.mark.parametrize("steps", [1, 7, 30])
+def test_ddpm_is_diffusers_ddpm_step_by_step(config, steps):
+    images, labels = sources(8, 2)
+    denoiser, bar = exact_denoiser(config, 2), alphas_bar(config).float()
+    times = visited_steps(start_step(0.3, 1000), steps)
+
+    def noise(draw):
+        return torch.randn(images.shape, generator=torch.Generator().manual_seed(draw))
+
+    trace = []
+    made = sample(
+        config,
+        2,
+        images,
+        (1 - labels)[:, None],
+        torch.ones(1),
+        noise=noise,
+        start_fraction=0.3,
+        sampler="ddpm",
+        steps=steps,
+        callback=lambda t, x: trace.append((t, x)),
+    )
+    reference = DDPMScheduler(
+        beta_schedule={"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.schedule],
+        variance_type="fixed_small",
+        clip_sample=False,
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[config.prediction],
+    )
+    reference.set_timesteps(timesteps=times)
+    x = bar[times[0]].sqrt() * images + (1 - bar[times[0]]).sqrt() * noise(1)
+    assert [t for t, _ in trace] == times
+    for number, t in enumerate(times):
+        torch.testing.assert_close(trace[number][1], x, atol=2e-4, rtol=1e-4)
+        predicted = denoiser(x, torch.full((8,), t), 1 - labels)
+        x = reference.step(predicted, t, x, generator=torch.Generator().manual_seed(2 + number)).prev_sample
+    torch.testing.assert_close(made, x, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+@pytest.mark.parametrize("steps", [1, 7])
+def test_ddim_is_its_formula_in_float64(config, steps):
+    images, labels = sources(8, 2)
+    plain = DiffusionConfig(schedule=config.schedule)
+    x, _ = noised(config, images, 0.3)
+    bar, times = alphas_bar(config), visited_steps(start_step(0.3, 1000), steps)
+    for t, following in zip(times, [*times[1:], None], strict=True):
+        eps = exact_denoiser(plain, 2)(x, torch.full((8,), t), 1 - labels).double()
+        clean = (x - (1 - bar[t]).sqrt() * eps) / bar[t].sqrt()
+        x = clean if following is None else bar[following].sqrt() * clean + (1 - bar[following]).sqrt() * eps
+    made = sample(config, 2, images, (1 - labels)[:, None], torch.ones(1), start_fraction=0.3, sampler="ddim", steps=steps)
+    torch.testing.assert_close(made.double(), x, atol=2e-4, rtol=1e-4)
+
+
+def test_only_ddpm_draws_noise_after_the_first():
+    images, labels = sources(4, 2)
+    for sampler, expected in (("ddpm", list(range(1, 7))), ("ddim", [1]), ("dpm", [1])):
+        draws = []
+
+        def noise(draw, draws=draws):
+            draws.append(draw)
+            return normal(1, torch.arange(4), draw, (3, SIDE, SIDE))
+
+        sample(LINEAR, 2, images, labels[:, None], torch.ones(1), noise=noise, start_fraction=0.2, sampler=sampler, steps=5)
+        assert draws == expected
+
+
+def test_global_randomness_is_left_alone():
+    images, labels = sources(4, 2)
+    before = torch.get_rng_state()
+    for sampler in ("ddpm", "ddim", "dpm"):
+        sample(LINEAR, 2, images, labels[:, None], torch.ones(1), start_fraction=0.2, sampler=sampler, steps=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_mixing_is_the_weighted_sum_of_separate_forwards(generator):
+    x, weights = torch.randn(5, 3, 2, 2, generator=generator), torch.tensor([1.5, 1.5, -2.0])
+    t, conditions = torch.tensor([3, 50, 120, 7, 299]), torch.tensor([[0, 1, 2], [1, 0, 2], [1, 0, 2], [0, 1, 2], [1, 1, 0]])
+    denoiser = exact_denoiser(LINEAR, 2)
+    expected = sum(float(w) * denoiser(x, t, conditions[:, m]).double() for m, w in enumerate(weights))
+    torch.testing.assert_close(mix_predictions(denoiser, x, t, conditions, weights).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "timesteps", "expected"),
+    [(0.2, 1000, 199), (1.0, 1000, 999), (0.001, 1000, 0), (0.0001, 1000, 0), (0.3, 50, 14)],
+)
+def test_start_step(fraction, timesteps, expected):
+    assert start_step(fraction, timesteps) == expected
+
+
+@pytest.mark.parametrize("start", [0, 1, 9, 199, 999])
+@pytest.mark.parametrize("steps", [1, 2, 6, 10, 300])
+def test_visited_steps_go_down_evenly_without_repetition(start, steps):
+    found = visited_steps(start, steps)
+    assert found[0] == start and found[-1] >= 0
+    assert len(found) == min(steps, start + 1)
+    gaps = [a - b for a, b in zip(found, [*found[1:], -1], strict=True)]  # the last gap leads to the clean image
+    assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1

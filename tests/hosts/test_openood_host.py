@@ -1,0 +1,142 @@
+"""Finding the host, saying what it lacks, and leaving the process as it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sdood_plugin.errors import UsageError
+from sdood_plugin.hosts.openood.yamls import FILES
+
+from .openood_tree import REPOSITORY
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "OPENOOD_ROOT"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env={**environment, **variables}
+    )
+
+
+def test_importing_the_package_imports_no_host():
+    code = """
+import sys, sdood_plugin, sdood_plugin.hosts.openood, sdood_plugin.cli, sdood_plugin.run
+print([name for name in sys.modules if name.split(".")[0] in ("openood", "imgaug", "libmr", "foolbox")])
+"""
+    assert python(code, OPENOOD_ROOT=os.environ.get("OPENOOD_ROOT", "")).stdout.strip() == "[]"
+
+
+def test_without_a_host_the_doctors_line_is_the_error(tmp_path):
+    code = """
+import sdood_plugin.hosts.openood as openood
+print(openood.doctor().splitlines()[0])
+for name in ("Evaluator", "SDOODPostprocessor", "SDOODTrainer", "TrainSDOOD"):
+    try:
+        getattr(openood, name)
+    except ValueError as error:
+        print(error)
+from sdood_plugin import cli
+print(cli.main(["doctor"]))
+from sdood_plugin.hosts.openood.__main__ import main
+print(main(["--config", "a.yml"]))
+"""
+    for variables, expected in (
+        ({}, "OPENOOD_ROOT is not set; git clone https"),
+        ({"OPENOOD_ROOT": str(tmp_path)}, "holds no openood package"),
+    ):
+        told = python(code, **variables)
+        assert told.returncode == 0, told.stderr
+        first, *errors = told.stdout.splitlines()[:5]
+        assert told.stdout.splitlines()[5] == first, "`sdood doctor` prints the same"
+        done, status = told.stdout.splitlines()[-2:]
+        line = first.removeprefix("OpenOOD: ")
+        assert expected in line
+        assert len(errors) == 4
+        assert all(error.endswith(line) for error in [*errors, told.stderr.strip()])
+        assert (done, status) == ("0", "2")
+
+
+def test_missing_packages_are_named_with_the_pip_line(monkeypatch, tmp_path):
+    from sdood_plugin.hosts.openood import host as module
+
+    (tmp_path / "openood").mkdir()
+    (tmp_path / "openood" / "__init__.py").touch()
+    monkeypatch.setenv("OPENOOD_ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name in ("libmr", "cv2") else object())
+    assert module.diagnosis() == (
+        "openood is there, but not cv2, libmr; pip install opencv-python-headless && "
+        "pip install Cython setuptools wheel && pip install --no-build-isolation libmr"
+    )
+    assert "libmr        MISSING   (needed by the host, not declared by it)" in module.doctor()
+    with pytest.raises(UsageError, match="pip install --no-build-isolation libmr"):
+        module.require_host()
+
+
+def test_importing_the_host_leaves_the_process_as_it_was(host):
+    code = """
+import random, warnings
+import numpy as np, torch
+from PIL import ImageFile
+import pandas, statsmodels, sympy, scipy.special, requests  # what the host imports and what adds filters of its own
+def state():
+    return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), list(warnings.filters),
+            np.get_printoptions(), sorted(vars(np)), ImageFile.LOAD_TRUNCATED_IMAGES, torch.backends.cudnn.benchmark)
+before = state()
+from sdood_plugin.hosts.openood import Evaluator, TrainSDOOD
+from sdood_plugin.hosts.openood.device import on_device
+print([a == b for a, b in zip(before, state())])
+cuda, module = torch.Tensor.cuda, torch.nn.Module.cuda
+with on_device("cpu"):
+    value = torch.ones(2).cuda()
+    layer = torch.nn.Linear(2, 2).cuda()
+    made = [torch.zeros(1, device="cuda"), torch.cuda.FloatTensor([1.0])]
+    made += [torch.ones(1).to(where) for where in ("cuda:0", torch.device("cuda"))]
+print({t.device.type for t in (value, layer.weight, *made)}, torch.Tensor.cuda is cuda, torch.nn.Module.cuda is module)
+"""
+    done = python(code, OPENOOD_ROOT=os.environ["OPENOOD_ROOT"])
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()[-2:]
+    assert first == str([True] * 8), first
+    assert second == "{'cpu'} True True"
+
+
+def test_numpys_lost_name_is_there_only_inside_the_block():
+    import numpy as np
+
+    from sdood_plugin.hosts.openood.compat import importing_host
+
+    before = "sctypes" in vars(np)
+    with importing_host():
+        assert {np.float32, np.float64} <= set(np.sctypes["float"])
+    assert ("sctypes" in vars(np)) == before
+
+
+def test_the_shipped_yamls_are_the_packages():
+    folder = REPOSITORY / "configs" / "openood"
+    assert {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.yml")} == FILES
+
+
+def test_every_line_of_a_list_is_looked_at(tmp_path):
+    from sdood_plugin.hosts.openood.imglist import check_imglist
+
+    (tmp_path / "a.png").touch()
+    good, path = "a.png 2\na.png -1\n", tmp_path / "list.txt"
+    path.write_text(good)
+    assert check_imglist(path, tmp_path, 3) == 2
+    for line, expected in (
+        ("a.png 3", "got label 3"),
+        ("/a.png 1", "relative path"),
+        ("a b.png 1", "without spaces"),
+        ("a.png", "integer label"),
+        ("a.png x", "integer label"),
+        ("b.png 1", "no file"),
+        ("", "integer label"),
+    ):
+        path.write_text(f"{good}{line}\n")
+        with pytest.raises(UsageError, match=expected) as caught:
+            check_imglist(path, tmp_path, 3)
+        assert "line 3" in str(caught.value)

@@ -1,0 +1,230 @@
+"""pytorch-ood's benchmarks over images on disk, the benchmark script, and the example of the README."""
+
+# ruff: noqa: F401, F811 (a fixture that several files share)
+
+from __future__ import annotations
+
+import inspect
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_ood.detector
+import torch
+from pytorch_ood.api import Detector
+from pytorch_ood.benchmark import CIFAR10_ODIN, CIFAR10_OpenOOD
+from pytorch_ood.detector import KNN, Mahalanobis, MaxSoftmax
+from torch import nn
+from torch.utils.data import DataLoader
+
+from benchmarks import pytorch_ood_cifar10, pytorch_ood_detectors, record
+from sdood_plugin.data.images import save_png
+from sdood_plugin.data.sources import load_images
+from sdood_plugin.errors import RunError
+from sdood_plugin.features import load_backbone
+from sdood_plugin.hosts.pytorch_ood import SDOOD, network_input
+from sdood_plugin.hosts.pytorch_ood.benchmarks import limit, odin_benchmark, openood_benchmark
+
+from ..test_run import tiny_config
+from .samples_pytorch_ood import run_folder
+
+EXAMPLE = Path(__file__).parent / "example_pytorch_ood.py"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a test tried to reach the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def write_images(folder: Path, names: list[str], mean: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(-60, 60, (3, 32, 32), generator=generator)
+        save_png(folder / name, (mean + noise).clamp(0, 255).to(torch.uint8))
+
+
+@pytest.fixture
+def data_root(tmp_path) -> Path:
+    """OpenOOD's tree with CIFAR-10, CIFAR-100 and half of SVHN."""
+    lists = tmp_path / "benchmark_imglist" / "cifar10"
+    lists.mkdir(parents=True)
+    parts = {
+        "train_cifar10": [f"cifar10/train/class{i % 3}/{i}.png" for i in range(72)],
+        "test_cifar10": [f"cifar10/test/class{i % 3}/{i}.png" for i in range(12)],
+        "val_cifar10": [f"cifar10/test/class{i % 3}/{i}.png" for i in range(3)],
+        "test_cifar100": [f"cifar100/test/{i}.png" for i in range(10)],
+        "test_svhn": [f"svhn/test/{i}.png" for i in range(10)],
+        "val_tin": ["tin/val/0.png"],
+    }
+    for seed, (name, files) in enumerate(parts.items()):
+        known = name.endswith("cifar10")
+        lines = [f"{file} {int(file.split('class')[1][0]) if known else -1}" for file in files]
+        (lists / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        if name not in ("val_tin", "val_cifar10"):
+            write_images(tmp_path / "images_classic", files[: 5 if "svhn" in name else None], 90 if known else 190, seed)
+    return tmp_path
+
+
+def flat(images: torch.Tensor) -> torch.Tensor:
+    """An encoder: 4 x 4 averages."""
+    return nn.functional.avg_pool2d(images, 8).flatten(1)
+
+
+def test_openood_runs_with_what_is_there_and_names_the_rest(data_root):
+    hub = torch.hub.get_dir()
+    benchmark, absent = openood_benchmark(data_root, network_input)
+    assert torch.hub.get_dir() == hub and isinstance(benchmark, CIFAR10_OpenOOD)
+    assert benchmark.ood_names == ["CIFAR100"]
+    assert absent == {
+        "TinyImageNet": "no test_tin.txt",
+        "MNIST": "no test_mnist.txt",
+        "Textures": "no test_texture.txt",
+        "Places365": "no test_places365.txt",
+        "SVHN": "5 of 10 images absent, the first is svhn/test/5.png",
+    }
+    train = DataLoader(benchmark.train_set(), batch_size=16)
+    ours = SDOOD(flat).fit(train)
+    rows = benchmark.evaluate([ours, KNN(flat, k=5).fit(train), Mahalanobis(flat).fit(train)], loader_kwargs={"batch_size": 8})
+    assert [(row["Detector"], row["Dataset"]) for row in rows] == [(name, "CIFAR100") for name in ("SDOOD", "KNN", "Mahalanobis")]
+    assert rows[0]["AUROC"] > 0.9  # the sets differ in brightness
+    alone = benchmark.evaluate(ours, loader_kwargs={"batch_size": 3})
+    assert alone[0]["AUROC"] == pytest.approx(rows[0]["AUROC"])
+
+
+def test_odin_runs_without_its_archives_and_names_them(data_root):
+    benchmark, absent = odin_benchmark(data_root, network_input)
+    assert isinstance(benchmark, CIFAR10_ODIN) and benchmark.ood_names == ["UniformNoise", "GaussianNoise"]
+    assert set(absent) == {"TinyImageNetCrop", "TinyImageNetResize", "LSUNResize", "LSUNCrop"}
+    assert "LSUN.tar.gz" in absent["LSUNCrop"]
+    limit(benchmark, test=6, train=60)
+    assert [len(part) for part in (benchmark.train_set(), benchmark.test_in, *benchmark.test_oods)] == [60, 6, 6, 6]
+    detector = SDOOD(flat).fit(DataLoader(benchmark.train_set(), batch_size=16))
+    logits = MaxSoftmax(nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 3)))
+    rows = benchmark.evaluate([detector, logits], loader_kwargs={"batch_size": 4})
+    assert len(rows) == 4 and all(0 <= row["AUROC"] <= 1 for row in rows)
+
+
+def test_data_without_cifar10_or_without_any_ood_set_is_one_clear_line(data_root, tmp_path_factory):
+    for build in (openood_benchmark, odin_benchmark):
+        with pytest.raises(RunError) as caught:
+            build(tmp_path_factory.mktemp("empty"), network_input)
+        assert "\n" not in str(caught.value)
+    (data_root / "images_classic" / "cifar100" / "test" / "3.png").unlink()
+    with pytest.raises(RunError, match="got none; expected one of CIFAR100, TinyImageNet"):
+        openood_benchmark(data_root, network_input)
+    (data_root / "images_classic" / "cifar10" / "train" / "class0" / "3.png").unlink()
+    with pytest.raises(RunError, match="1 of 72 images absent, the first is cifar10/train/class0/3.png"):
+        openood_benchmark(data_root, network_input)
+
+
+@pytest.mark.filterwarnings("ignore:AUTC is undefined")  # the host's, of a random backbone's constant logits
+def test_the_script_names_every_detector_of_the_host_beside_ours(data_root, run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    options = [str(data_root), "--backbone", "small_cnn", "--outliers", str(run_folder / "outliers"), "--limit", "8"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/pytorch_ood_cifar10.py", *options])
+    before = torch.get_rng_state()
+    pytorch_ood_cifar10.main()
+    assert torch.get_rng_state().equal(before)
+    written = json.loads((tmp_path / "pytorch_ood_cifar10.json").read_text())
+    assert written["command"] == f"python -m benchmarks.pytorch_ood_cifar10 {' '.join(options)}"
+    assert {"config_sha256", "device", "versions", "wall_s"} <= set(written) and written["seeds"] == [0]
+    assert written["n_outliers"] == 24 and written["n_train"] == 72
+    ran = [row for row in written["rows"] if "skipped" not in row]
+    skipped = {row["method"]: row["skipped"] for row in written["rows"] if "skipped" in row and "method" in row}
+    classes = [value for value in vars(pytorch_ood.detector).values() if inspect.isclass(value) and issubclass(value, Detector)]
+    theirs = {value.__name__ for value in classes if value.__module__.startswith("pytorch_ood.")}
+    assert len(theirs) >= 35
+    assert {row["method"] for row in ran} | set(skipped) == theirs | {"sdood", "sdood-distance"}
+    assert set(skipped) == {"MCM", "SHE"} and "text embeddings" in skipped["MCM"]
+    assert "No correct predictions" in skipped["SHE"]  # the classes look alike here; the next test has it run
+    sets = ["CIFAR100 (8 of 9000)", "UniformNoise (8 of 1000)", "GaussianNoise (8 of 1000)"]
+    for method in theirs - set(skipped) | {"sdood", "sdood-distance"}:
+        assert [row["ood"] for row in ran if row["method"] == method] == sets
+    names = ("auroc", "aupr", "aupr_id", "fpr95", "fpr95_ood_positive")
+    assert all(0 <= row[name] <= 100 and row["seed"] == 0 for row in ran for name in names)
+    absent = {(row["benchmark"], row["ood"]): row["skipped"] for row in written["rows"] if "method" not in row}
+    assert absent["CIFAR10_OpenOOD", "Places365"] == "no test_places365.txt" and ("CIFAR10_ODIN", "LSUNCrop") in absent
+    said = capsys.readouterr().out
+    assert "| sdood-distance |" in said and "- Places365: no test_places365.txt" in said and "- MCM: needs text" in said
+
+
+def test_the_script_scores_as_the_host_does_with_the_detector_itself(data_root):
+    """The script has every image scored once; the host would score the ID images again for every OOD set."""
+    settings = pytorch_ood_cifar10.arguments([str(data_root), "--batch-size", "5"])
+    benchmark, _ = odin_benchmark(data_root, network_input)
+    limit(benchmark, test=8, train=None)
+    detector = KNN(flat, k=5).fit(DataLoader(benchmark.train_set(), batch_size=16))
+    direct = benchmark.evaluate(detector, loader_kwargs={"batch_size": 8})
+    parts = [pytorch_ood_cifar10.Encoded(part, None, None) for part in (benchmark.test_in, *benchmark.test_oods)]
+    recipe = pytorch_ood_detectors.Recipe("images", lambda: detector)
+    rows = pytorch_ood_cifar10.rows("KNN", recipe, {"CIFAR10_ODIN": (benchmark, parts)}, settings)
+    assert [row["auroc"] for row in rows] == pytest.approx([100 * row["AUROC"] for row in direct])
+    assert [row["fpr95_ood_positive"] for row in rows] == pytest.approx([100 * row["FPR95TPR"] for row in direct])
+
+
+def test_a_detector_that_fails_is_a_row_with_the_reason(data_root):
+    settings = pytorch_ood_cifar10.arguments([str(data_root)])
+
+    def broken():
+        raise ValueError("no\nrank")
+
+    assert pytorch_ood_cifar10.rows("GMM", pytorch_ood_detectors.Recipe("features", broken), {}, settings) == [
+        {"method": "GMM", "skipped": "failed, ValueError: no rank"}
+    ]
+
+
+def test_detectors_without_maps_are_named_and_the_rest_tells_far_samples(tmp_path):
+    """On two clear clusters; far away are samples that no cluster is near to, and whose logits are about zero."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 2
+    centres = torch.zeros(2, 128).index_put((torch.arange(2), torch.arange(2)), torch.tensor(8.0))
+    near, far = (mean + 0.3 * torch.randn(200, 128, generator=generator) for mean in (centres[labels], torch.zeros(200, 128)))
+    third = torch.full((20,), 2)  # logistic regression of two classes has one row of weights
+    train = pytorch_ood_detectors.Train(torch.cat([near, -near[:20]]), None, torch.cat([labels, third]))
+    found = pytorch_ood_detectors.recipes(load_backbone("small_cnn", None), train, "cpu", 64)
+    reasons = {name: recipe for name, recipe in found.items() if isinstance(recipe, str)}
+    assert reasons.pop("MCM") and reasons == dict.fromkeys(
+        ("Gram", "MultiMahalanobis", "NACUE", "RankFeat"), pytorch_ood_detectors.UNSPLIT
+    )
+    for name in ("SHE", "KNN", "RMD", "MaxLogit", "EnergyBased", "TemperatureScaling", "WeightedEBO", "GradNorm", "PNML"):
+        torch.manual_seed(0)
+        detector = found[name].fitted()
+        assert detector(far).median() > detector(near).median(), name
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18_cifar", "vit_tiny_patch16_224"])
+def test_the_tail_of_a_backbone_makes_its_features(name):
+    backbone = load_backbone(name, None).eval()
+    tail = pytorch_ood_detectors.split(backbone)
+    images = [(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(i)) * 2 - 1, i) for i in range(3)]
+    settings = pytorch_ood_cifar10.arguments(["nowhere", "--batch-size", "2"])
+    encoded = pytorch_ood_cifar10.encode(images, backbone, tail, settings)
+    maps, targets = encoded.maps.tensors
+    assert maps.dim() == 4 and targets.tolist() == [0, 1, 2]
+    with torch.no_grad():
+        after = tail.block(maps)
+        torch.testing.assert_close(tail.pool(after), encoded.features.tensors[0], rtol=1e-4, atol=1e-4)
+    assert after.dim() == 4 and not (maps.shape == after.shape and maps.equal(after))
+
+
+def test_the_example_of_the_readme_runs(run_folder, tmp_path):
+    config = tiny_config()
+    for name, source in (("train", config.data.train), ("test", config.data.test), ("ood", config.data.ood[0].images)):
+        images = load_images(source, config.data, config.seed).images
+        for number, image in enumerate(images):
+            save_png(tmp_path / name / "all" / f"{number}.png", image)
+    folders = [tmp_path / name for name in ("train", "test", "ood")]
+    command = [sys.executable, EXAMPLE, run_folder, *folders]
+    done = subprocess.run(command, text=True, capture_output=True, check=True, timeout=200)
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["of the run", "fitted here"]
+    assert all(0 <= float(line.split()[-1]) <= 1 for line in lines)
+    assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) < 20

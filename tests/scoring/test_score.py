@@ -1,0 +1,182 @@
+"""The distance + voting score against loops over the banks, and the calibration against its rules."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sdood_plugin.config import ScoringConfig
+from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.scoring.score import distance_and_votes, fit_score
+from sdood_plugin.scoring.storage import load_score, save_score
+
+
+def squared(a, b):
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+
+def naive_terms(features, inside, outliers, k_distance, k_vote):
+    """METHOD section 5 in Python floats: sort both banks for each image; at equal distance ID comes first."""
+    distances, votes = [], []
+    for image in features.double().tolist():
+        near = sorted(squared(image, other) for other in inside.double().tolist())
+        both = sorted(
+            [(squared(image, other), 0) for other in inside.double().tolist()]
+            + [(squared(image, other), 1) for other in outliers.double().tolist()]
+        )
+        distances.append(sum(near[:k_distance]))
+        votes.append(sum(flag for _, flag in both[:k_vote]) if len(outliers) else 0)
+    return torch.tensor(distances, dtype=torch.float64), torch.tensor(votes, dtype=torch.float64)
+
+
+def unit(features):
+    rows = [[value / max(math.sqrt(sum(x * x for x in row)), 1e-12) for value in row] for row in features.double().tolist()]
+    return torch.tensor(rows, dtype=torch.float64).reshape(features.shape)
+
+
+@pytest.fixture
+def banks(generator):
+    inside, outliers = torch.randn(12, 4, generator=generator), torch.randn(9, 4, generator=generator) + 0.7
+    inside[5] = inside[2]  # a duplicate within a bank
+    outliers[3] = inside[7]  # one in both banks
+    queries = torch.cat([torch.randn(10, 4, generator=generator), inside[[2, 7]]])
+    return queries, inside, outliers
+
+
+@pytest.mark.parametrize(("k_distance", "k_vote"), [(1, 1), (2, 5), (5, 2), (12, 21), (12, 1), (1, 21), (3, 15)])
+def test_terms_equal_the_loops(banks, k_distance, k_vote):
+    distance, votes = distance_and_votes(*banks, k_distance, k_vote)
+    expected = naive_terms(*banks, k_distance, k_vote)
+    torch.testing.assert_close(distance.double(), expected[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(votes.double(), expected[1])
+
+
+def test_at_equal_distance_the_image_is_inside():
+    point, far = torch.zeros(1, 2), torch.full((3, 2), 9.0)
+    for k, expected in ((1, 0), (2, 0), (3, 1), (4, 2)):
+        inside, outliers = torch.cat([torch.ones(2, 2), far]), torch.cat([-torch.ones(2, 2), far])
+        assert distance_and_votes(point, inside, outliers, 1, k)[1].tolist() == [expected]
+
+
+@pytest.mark.parametrize("outliers", [None, torch.empty(0, 4)])
+def test_without_outliers_nobody_votes(banks, outliers):
+    queries, inside, _ = banks
+    distance, votes = distance_and_votes(queries, inside, outliers, 2, 5)
+    torch.testing.assert_close(distance.double(), naive_terms(queries, inside, torch.empty(0, 4), 2, 5)[0], rtol=1e-5, atol=1e-6)
+    assert (votes == 0).all()
+
+
+@pytest.mark.parametrize(("k_distance", "k_vote", "name"), [(13, 1, "k_distance"), (1, 22, "k_vote")])
+def test_refuses_a_k_larger_than_its_bank(banks, k_distance, k_vote, name):
+    with pytest.raises(UsageError, match=name):
+        distance_and_votes(*banks, k_distance, k_vote)
+
+
+def heldout(generator, count=21):
+    return torch.randn(count, 4, generator=generator), torch.randn(count, 4, generator=generator) + 0.7
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_score_is_scaled_distance_plus_alpha_votes(generator, banks, normalise):
+    queries, inside, outliers = banks
+    near, far = heldout(generator)
+    config = ScoringConfig(k_distance=2, k_vote=5, normalise=normalise, alpha=0.7)
+    score = fit_score(inside, outliers, near, far, config)
+    prepare = unit if normalise else (lambda features: features)
+    distance, votes = naive_terms(prepare(queries), prepare(inside), prepare(outliers), 2, 5)
+    scale = sorted(naive_terms(prepare(near), prepare(inside), prepare(outliers), 2, 5)[0].tolist())[10]  # the median of 21
+    assert score.calibration.distance_scale == pytest.approx(scale, rel=1e-5)
+    assert score.calibration.alpha == 0.7
+    torch.testing.assert_close(score(queries).double(), distance / scale + 0.7 * votes, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 19, 20, 21, 100, 101])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5])
+def test_the_threshold_rejects_no_more_held_out_images_than_asked(generator, banks, rate, count):
+    _, inside, outliers = banks
+    near, far = heldout(generator, count)
+    score = fit_score(inside, outliers, near, far, ScoringConfig(false_alarm_rate=rate))
+    scores = score(near).double().numpy()
+    rejected = (scores > score.calibration.threshold).sum()
+    assert rejected <= rate * count
+    assert score.calibration.threshold in scores  # and it is a held-out image's own score: not needlessly high
+    assert (scores >= score.calibration.threshold).sum() > rate * (count - 1) - 1e-9
+    assert score.calibration.heldout == [count, count]
+
+
+def naive_auroc(inside, outside):
+    return 100 * np.mean([(b > a) + 0.5 * (b == a) for a in inside for b in outside])
+
+
+def standard_error(auroc, n, m):
+    """Hanley & McNeil 1982, per cent."""
+    area = auroc / 100
+    q1, q2 = area / (2 - area), 2 * area * area / (1 + area)
+    return 100 * math.sqrt((area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)) / (n * m))
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_alpha_is_the_smallest_candidate_within_a_standard_error_of_the_best(generator, banks, count):
+    _, inside, outliers = banks
+    near, far = heldout(generator, count)
+    config = ScoringConfig(normalise=False, alphas=[3.0, 0.0, 0.1, 1.0])
+    calibration = fit_score(inside, outliers, near, far, config).calibration
+    d_near, v_near = naive_terms(near, inside, outliers, 2, 5)
+    d_far, v_far = naive_terms(far, inside, outliers, 2, 5)
+    scale = sorted(d_near.tolist())[(count - 1) // 2]  # the lower median of an even number
+    curve = [
+        [alpha, naive_auroc((d_near / scale + alpha * v_near).tolist(), (d_far / scale + alpha * v_far).tolist())]
+        for alpha in (0.0, 0.1, 1.0, 3.0)
+    ]
+    assert np.array(calibration.curve) == pytest.approx(np.array(curve))
+    best = max(value for _, value in curve)
+    assert calibration.alpha == next(alpha for alpha, value in curve if value >= best - standard_error(best, count, count))
+    assert 0 < calibration.alpha  # the smallest of all is not close enough here
+
+
+@pytest.mark.parametrize(("shift", "expected"), [("distance tells", 0.0), ("votes tell", 10.0)])
+def test_alpha_follows_the_term_that_tells(shift, expected):
+    inside = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    near = inside + torch.tensor([[0.3, 0.1], [-0.2, 0.3], [0.1, -0.3], [0.2, 0.2]])
+    if shift == "distance tells":
+        far, outliers = near + 50, -50 - inside  # far away, and not where the outliers are
+    else:
+        far = torch.tensor([[0.5, 0.5], [0.52, 0.5], [0.5, 0.52], [0.51, 0.51]])  # no farther from ID than ID, among outliers
+        near = inside + torch.tensor([[-0.9, 0.0], [0.9, 0.0], [0.0, 0.9], [0.9, 0.0]])
+        outliers = far + 0.01
+    config = ScoringConfig(k_distance=1, k_vote=2, normalise=False, alphas=[0.0, 10.0])
+    assert fit_score(inside, outliers, near, far, config).calibration.alpha == expected
+
+
+def test_without_held_out_outliers_alpha_is_zero_unless_set(generator, banks):
+    _, inside, outliers = banks
+    near, _ = heldout(generator)
+    nothing = torch.empty(0, 4)
+    assert fit_score(inside, outliers, near, nothing, ScoringConfig()).calibration.alpha == 0
+    assert fit_score(inside, outliers, near, nothing, ScoringConfig(alpha=2.0)).calibration.alpha == 2
+    assert fit_score(inside, nothing, near, nothing, ScoringConfig()).calibration.curve == []
+
+
+def test_refuses_held_out_images_that_are_all_in_the_bank(banks):
+    _, inside, outliers = banks
+    with pytest.raises(RunError, match="median distance of held-out images"):
+        fit_score(inside, outliers, inside[[2, 2, 5]], outliers, ScoringConfig(normalise=False))
+
+
+def test_larger_is_more_ood(generator, banks):
+    _, inside, outliers = banks
+    near, far = heldout(generator)
+    score = fit_score(inside, outliers, near, far, ScoringConfig(normalise=False))
+    assert float(score(torch.full((1, 4), 30.0))) > float(score(near).max())
+
+
+def test_scores_survive_the_disk(tmp_path, generator, banks):
+    queries, inside, outliers = banks
+    score = fit_score(inside, outliers, *heldout(generator), ScoringConfig(k_vote=3))
+    save_score(tmp_path, score)
+    loaded = load_score(tmp_path)
+    assert loaded.config == score.config and loaded.calibration == score.calibration
+    assert torch.equal(loaded(queries), score(queries))

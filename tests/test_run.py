@@ -1,0 +1,389 @@
+"""The whole run at tiny size: what it writes, what it skips, what it resumes to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdood_plugin import context
+from sdood_plugin.config import (
+    ClusteringConfig,
+    CompareConfig,
+    DataConfig,
+    DetectorConfig,
+    DiffusionConfig,
+    ImagesConfig,
+    OODConfig,
+    OutliersConfig,
+    RunConfig,
+    ScoringConfig,
+)
+from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.run import run
+
+
+def tiny_config(**changes) -> RunConfig:
+    """The embedded data, a few steps of everything."""
+    config = RunConfig(
+        report=False,
+        device="cpu",
+        data=DataConfig(
+            ImagesConfig("demo", limit=90),
+            ImagesConfig("demo", split="test", limit=30),
+            [
+                OODConfig("digits", "near", ImagesConfig("demo", split="near", limit=20)),
+                OODConfig("noise", "far", ImagesConfig("demo", split="noise", limit=20)),
+            ],
+            image_size=None,
+            heldout_fraction=0.2,
+        ),
+        clustering=ClusteringConfig(method="kmeans", clusters=3, pretext_steps=3, pretext_batch_size=16, augmentation="digits"),
+        diffusion=DiffusionConfig(channels=[16, 16], layers_per_block=1, attention=False, steps=4, batch_size=8),
+        outliers=OutliersConfig(sampling_steps=2, sources=24, batch_size=10),
+        detector=DetectorConfig(epochs=2, batch_size=24, augmentation="digits"),
+        scoring=ScoringConfig(),
+        compare=CompareConfig(["distance", "msp", "vim", "oe-noise"]),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def artefacts(folder: Path) -> dict[str, bytes]:
+    """Bytes of everything a run makes that is not about when or how it was called."""
+    told = {"run.json", "config.yaml", ".lock"}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in told and path.parent.name != "stages"
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert set(run(tiny_config(), folder).values()) == {"ran"}
+    return folder
+
+
+def test_a_run_folder_tells_its_story(finished):
+    for name in (
+        "config.yaml",
+        "run.json",
+        "labels.csv",
+        "diffusion/unet.safetensors",
+        "outliers/imglist.txt",
+        "outliers/manifest.csv",
+        "controls/manifest.csv",
+        "inspection/quality.json",
+        "detector/detector.safetensors",
+        "detector/score.json",
+        "evaluation/scores-id.csv",
+        "metrics.json",
+    ):
+        assert (finished / name).is_file(), name
+    assert not list(finished.rglob("checkpoint.pt")) and not list(finished.rglob(".key"))
+    rows = json.loads((finished / "metrics.json").read_text())["rows"]
+    assert {row["method"] for row in rows} >= {
+        "sdood",
+        "sdood-distance",
+        "sdood-vote",
+        "sdood-g_bin",
+        "distance",
+        "msp",
+        "vim",
+        "oe-noise",
+    }
+    for row in rows:
+        assert {"method", "seed", "ood", "group", "auroc", "aupr", "fpr95", "n_id", "n_ood"} <= row.keys()
+        assert 0 <= row["auroc"] <= 100 and row["n_id"] == 30 and row["n_ood"] == 20
+
+
+def test_metrics_follow_from_the_scores_of_each_image(finished):
+    def scores(name):
+        lines = (finished / "evaluation" / f"scores-{name}.csv").read_text().splitlines()[1:]
+        return np.array([float(line.split(",")[1]) for line in lines])
+
+    inside, outside = scores("id"), scores("digits")
+    above = (outside[:, None] > inside).mean() + 0.5 * (outside[:, None] == inside).mean()
+    row = next(
+        r for r in json.loads((finished / "metrics.json").read_text())["rows"] if r["method"] == "sdood" and r["ood"] == "digits"
+    )
+    assert row["auroc"] == pytest.approx(100 * above, abs=0.05)
+
+
+def test_a_finished_run_is_skipped_whole(finished):
+    before = artefacts(finished)
+    assert set(run(tiny_config(), finished).values()) == {"done"}
+    assert artefacts(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "reruns"),
+    [
+        ({"scoring": ScoringConfig(k_vote=3)}, {"calibrate", "evaluate"}),
+        ({"compare": CompareConfig(["energy"])}, {"compare"}),
+        (
+            {"outliers": OutliersConfig(start_fraction=0.3, sampling_steps=2, sources=24, batch_size=10)},
+            {"generate", "inspect", "train-detector", "calibrate", "evaluate"},
+        ),
+    ],
+)
+def test_a_changed_setting_reruns_what_depends_on_it(finished, tmp_path, change, reruns, caplog):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    with caplog.at_level("INFO", logger="sdood_plugin"):
+        outcome = run(tiny_config(**change), copy)
+    assert {name for name, what in outcome.items() if what == "ran"} == reruns
+    assert "changed" in caplog.text
+
+
+def test_another_run_makes_the_same_bytes(finished, tmp_path):
+    run(tiny_config(), tmp_path / "again")
+    again, before = artefacts(tmp_path / "again"), artefacts(finished)
+    assert again.keys() == before.keys()
+    assert [name for name in before if again[name] != before[name]] == []
+
+
+def test_true_labels_decide_nothing(finished, tmp_path, monkeypatch):
+    """Permuting the true labels changes no artefact: they are for the report only."""
+    original = context.load_images
+
+    def permuted(source, data, seed):
+        images = original(source, data, seed)
+        return images if images.labels is None else dataclasses.replace(images, labels=images.labels.roll(7))
+
+    monkeypatch.setattr(context, "load_images", permuted)
+    run(tiny_config(), tmp_path / "permuted")
+    assert artefacts(tmp_path / "permuted") == artefacts(finished)
+
+
+def test_test_images_decide_nothing_in_the_detector(finished, tmp_path):
+    config = tiny_config()
+    swapped = dataclasses.replace(config.data, test=ImagesConfig("demo", split="near", limit=25), ood=config.data.ood[1:])
+    run(dataclasses.replace(config, data=swapped), tmp_path / "swapped")
+    for name in ("detector.safetensors", "bank.safetensors", "score.json"):
+        assert (tmp_path / "swapped" / "detector" / name).read_bytes() == (finished / "detector" / name).read_bytes()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_run import tiny_config
+from sdood_plugin.run import run
+run(tiny_config(checkpoint_seconds=0.0), Path({folder!r}))
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path):
+    """Killed without warning at several places, then run to its end: every byte as if it had never been killed."""
+    folder = tmp_path / "killed"
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
+    for trigger in ("clustering/checkpoint.pt", "diffusion/checkpoint.pt", "outliers/images", "detector/checkpoint.pt"):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (folder / trigger).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run(tiny_config(), folder)
+    resumed, whole = artefacts(folder), artefacts(finished)
+    assert [name for name in whole | resumed if resumed.get(name) != whole.get(name)] == []
+
+
+def test_two_processes_make_the_same_outliers(finished, tmp_path):
+    """The outlier set of two processes is that of one, byte for byte."""
+    import shutil
+
+    folder = tmp_path / "two"
+    shutil.copytree(finished, folder)
+    for name in ("outliers", "controls", "stages/generate.json"):
+        shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "-m",
+        "sdood_plugin",
+        "generate",
+        "--out",
+        str(folder),
+    ]
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("outliers", "controls"):
+        assert artefacts(folder / name) == artefacts(finished / name)
+
+
+def test_two_writers_are_refused(finished):
+    import fcntl
+
+    with (finished / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="in use by another process"):
+            run(tiny_config(), finished)
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="--out"):
+        run(tiny_config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_configuration_alone_does_not_make_a_run_folder(tmp_path):
+    (tmp_path / "config.yaml").write_text("theirs: 1\n")
+    (tmp_path / "detector").mkdir()
+    with pytest.raises(UsageError, match="--out"):
+        run(tiny_config(), tmp_path)
+    assert (tmp_path / "detector").is_dir() and (tmp_path / "config.yaml").read_text() == "theirs: 1\n"
+
+
+def test_a_run_folder_among_its_images_is_refused(tmp_path):
+    config = tiny_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=ImagesConfig(str(tmp_path))))
+    with pytest.raises(UsageError, match="outside the images"):
+        run(config, tmp_path / "out")
+
+
+def test_metrics_of_another_configuration_are_left_out(finished, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    run(tiny_config(scoring=ScoringConfig(k_distance=3)), copy, only="train-detector")
+    assert json.loads((copy / "metrics.json").read_text())["rows"] == []
+    run(tiny_config(), copy)
+    assert artefacts(copy) == artefacts(finished)
+
+
+def test_other_bytes_in_a_file_of_weights_rerun_what_reads_it(tmp_path):
+    from sdood_plugin.artifacts import write_tensors
+    from sdood_plugin.features import Backbone
+
+    weights = tmp_path / "weights.safetensors"
+    config = dataclasses.replace(tiny_config(), clustering=ClusteringConfig(method="kmeans", clusters=3, weights=str(weights)))
+    for seed, outcome in ((0, "ran"), (0, "done"), (1, "ran")):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            write_tensors(weights, Backbone("small_cnn").state_dict())
+        assert run(config, tmp_path / "out", only="cluster") == {"cluster": outcome}
+
+
+def test_one_stage_runs_with_what_it_needs(tmp_path):
+    outcome = run(tiny_config(), tmp_path / "one", only="train-diffusion")
+    assert outcome == {"cluster": "ran", "train-diffusion": "ran"}
+
+
+@pytest.mark.parametrize(
+    ("lost", "stage", "after"),
+    [
+        ("diffusion/unet.safetensors", "train-diffusion", "generate"),
+        ("controls/images/0000/0000000_0.png", "generate", "train-detector"),
+    ],
+)
+def test_a_lost_output_is_made_again(finished, tmp_path, lost, stage, after):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / lost).unlink()
+    outcome = run(tiny_config(), copy)
+    assert outcome[stage] == "ran" and outcome[after] == "done"  # the same bytes again, so nothing follows
+    assert artefacts(copy) == artefacts(finished)
+
+
+def test_a_full_disk_leaves_earlier_stages_untouched(finished, tmp_path, monkeypatch):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    before = artefacts(copy)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    config = tiny_config(scoring=ScoringConfig(k_distance=3))
+    with pytest.raises(RunError, match="No space left on device"):
+        run(config, copy)
+    after = artefacts(copy)
+    assert all(
+        after[name] == before[name]
+        for name in before
+        if not name.startswith(("detector/", "evaluation/", "comparison/", "metrics"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (ImagesConfig("demo", limit=1), "training images: got 1"),
+        (ImagesConfig("demo", limit=20), "at least 30"),
+    ],
+)
+def test_too_few_images_are_named(tmp_path, data, message):
+    config = tiny_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=data))
+    with pytest.raises(RunError, match=message):
+        run(config, tmp_path / "few")
+
+
+def test_a_diverging_loss_stops_with_its_step(tmp_path):
+    config = tiny_config()
+    config = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, lr=1e30, gradient_clip=1e30))
+    with pytest.raises(RunError, match=r"diffusion loss at step \d: got (nan|inf)"):
+        run(config, tmp_path / "nan")
+    assert (tmp_path / "nan" / "labels.csv").is_file()
+
+
+def test_a_folder_of_plain_images_needs_no_labels_and_no_test_sets(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(40):
+        size = (40, 30) if i % 2 else (24, 24)
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    config = tiny_config()
+    config = dataclasses.replace(
+        config, data=DataConfig(ImagesConfig(str(tmp_path / "pictures")), image_size=16, heldout_fraction=0.2)
+    )
+    run(config, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"] == []
+    assert json.loads((tmp_path / "out" / "detector" / "score.json").read_text())["calibration"]["heldout"] == [
+        8,
+        pytest.approx(5, abs=4),
+    ]
+
+
+def test_k_larger_than_the_bank_is_named(tmp_path):
+    with pytest.raises(UsageError, match="k_distance|k nearest"):
+        run(tiny_config(scoring=ScoringConfig(k_distance=500)), tmp_path / "k")
+
+
+def test_global_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run(tiny_config(), tmp_path / "seeds", only="train-diffusion")
+    assert torch.equal(torch.rand(3), expected)
