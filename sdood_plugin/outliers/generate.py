@@ -41,9 +41,19 @@ _COPY_STRIDE = 1 << 32  # identity of copy c of source i is i + c * 2^32: more c
 
 
 def jobs(count: int, config: OutliersConfig) -> torch.Tensor:
-    """int64 (J, 2): source index and copy of every outlier to be made of `count` images."""
+    """int64 (J, 2): source index and copy of every outlier to be made of `count` images, one copy after the other."""
     sources = torch.arange(count) if config.sources is None or config.sources >= count else spread(count, config.sources)
-    return torch.cartesian_prod(sources, torch.arange(config.per_source)).reshape(-1, 2)
+    return torch.cartesian_prod(torch.arange(config.per_source), sources).reshape(-1, 2).flip(1)
+
+
+def blocks(count: int, config: OutliersConfig) -> list[torch.Tensor]:
+    """The jobs in the batches they are always denoised in, whoever denoises them: int64 (at most batch_size, 2) each.
+
+    The last bits of a convolution depend on an image's place in the batch and on the size of the batch (and on which
+    machines, nobody says). An outlier has one block and one place in it, so it has one value.
+    """
+    todo = jobs(count, config)
+    return [block for copy in todo.split(max(1, len(todo) // config.per_source)) for block in copy.split(config.batch_size)]
 
 
 def file_name(source: int, copy: int) -> str:
@@ -62,7 +72,7 @@ def sample_batch(
     classes: int,
     seed: int,
 ) -> torch.Tensor:
-    """Outliers of one batch: uint8 (B, 3, H, W) in and out, on the U-Net's device; row b depends on row b only.
+    """Outliers of one batch: uint8 (B, 3, H, W) in and out, on the U-Net's device; row b depends on row b only, but for rounding.
 
     Args:
         unet: The diffusion model.
@@ -139,13 +149,15 @@ def generate(
         shutil.rmtree(folder / "images", ignore_errors=True)
         write_json(progress, {"key": key})
     accelerator.wait_for_everyone()
-    todo = jobs(len(sources), config)
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    mine = mine[torch.tensor([not (folder / file_name(*row)).exists() for row in mine.tolist()], dtype=torch.bool)]
+    mine = blocks(len(sources), config)[accelerator.process_index :: accelerator.num_processes]
+    missing = [[row for row in block.tolist() if not (folder / file_name(*row)).exists()] for block in mine]
     device = accelerator.device
-    with progress_bar(name, len(mine), "image", accelerator.is_main_process) as bar, ThreadPoolExecutor(4) as pool:
-        for rows in mine.split(config.batch_size) if len(mine) else ():
-            padded = torch.cat([rows, rows[-1:].expand(config.batch_size - len(rows), 2)])  # one batch shape, one result
+    total = sum(map(len, missing))
+    with progress_bar(name, total, "image", accelerator.is_main_process) as bar, ThreadPoolExecutor(4) as pool:
+        for block, rows in zip(mine, missing, strict=True):
+            if not rows:
+                continue
+            padded = torch.cat([block, block[-1:].expand(config.batch_size - len(block), 2)])  # one batch shape, one result
             chosen = padded[:, 0]
             made = sample_batch(
                 unet,
@@ -157,11 +169,12 @@ def generate(
                 classes=classes,
                 seed=seed,
             ).cpu()
-            list(pool.map(lambda pair: save_png(folder / file_name(*pair[0]), pair[1]), zip(rows.tolist(), made, strict=False)))
+            place = {tuple(row): position for position, row in enumerate(block.tolist())}
+            list(pool.map(lambda row: save_png(folder / file_name(*row), made[place[tuple(row)]]), rows))
             bar.update(len(rows))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _finish(folder, sources, labels, todo, config, classes, seed, key)
+        _finish(folder, sources, labels, jobs(len(sources), config), config, classes, seed, key)
     accelerator.wait_for_everyone()
 
 
