@@ -13,7 +13,8 @@ import torch
 from .config import RunConfig
 from .context import Context
 from .detector.training import Labelled, train_detector
-from .run import STAGES, check_input, with_needs
+from .run import check_input
+from .stage_table import STAGES, with_needs
 
 PROBE_STEPS = 3
 

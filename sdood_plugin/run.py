@@ -8,14 +8,14 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from . import evaluation, stages
+from . import stages
 from ._version import __version__
 from .artifacts import file_hash, provenance, read_json, value_hash, write_json, write_text
 from .clustering.labels import given_labels
@@ -23,121 +23,9 @@ from .config import RunConfig, as_dict
 from .context import Context
 from .errors import RunError, UsageError
 from .features import check_backbone
+from .stage_table import BY_NAME, STAGES, Stage, with_needs
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One stage of the run.
-
-    Attributes:
-        name: Its name on the command line.
-        folder: Where it writes, below the run folder.
-        settings: What of the configuration it depends on.
-        needs: Stages whose artefacts it reads.
-        make: Does the work.
-        outputs: Files and folders that must exist for it to count as done.
-        sees_tests: Whether it reads the test images.
-    """
-
-    name: str
-    folder: str
-    settings: Callable[[RunConfig], dict[str, Any]]
-    needs: tuple[str, ...]
-    make: Callable[[Context, Path, str], None]
-    outputs: tuple[str, ...]
-    sees_tests: bool = False
-
-
-STAGES = (
-    Stage("cluster", "clustering", lambda c: {"clustering": c.clustering}, (), stages.cluster, ("labels.csv",)),
-    Stage(
-        "train-diffusion",
-        "diffusion",
-        lambda c: {"diffusion": c.diffusion, "heldout": c.data.heldout_fraction},
-        ("cluster",),
-        stages.train_diffusion,
-        ("diffusion/unet.safetensors",),
-    ),
-    Stage(
-        "generate",
-        "outliers",
-        lambda c: {"outliers": c.outliers},
-        ("cluster", "train-diffusion"),
-        stages.generate,
-        ("outliers", "controls"),
-    ),
-    Stage(
-        "train-reference",
-        "reference",
-        lambda c: {
-            "detector": dataclasses.replace(c.detector, outlier_ratio=0, control_ratio=0, lambda_out=0),
-            "heldout": c.data.heldout_fraction,
-        },
-        ("cluster",),
-        stages.train_reference,
-        ("reference/reference.safetensors",),
-    ),
-    Stage(
-        "inspect",
-        "inspection",
-        lambda c: {},
-        ("cluster", "generate", "train-reference"),
-        stages.inspect,
-        ("inspection",),
-    ),
-    Stage(
-        "train-detector",
-        "detector",
-        lambda c: {"detector": c.detector, "heldout": c.data.heldout_fraction},
-        ("cluster", "generate"),
-        stages.train_three_heads,
-        ("detector/detector.safetensors",),
-    ),
-    Stage(
-        "calibrate",
-        "calibration",
-        lambda c: {"scoring": c.scoring, "heldout": c.data.heldout_fraction, "with outliers": c.detector.outlier_ratio > 0},
-        ("generate", "train-detector"),
-        stages.calibrate,
-        ("detector/bank.safetensors", "detector/score.json", "detector/heldout.csv"),
-    ),
-    Stage(
-        "evaluate",
-        "evaluation",
-        lambda c: {"ood": c.data.ood},
-        ("train-detector", "calibrate"),
-        evaluation.evaluate,
-        ("evaluation",),
-        True,
-    ),
-    Stage(
-        "compare",
-        "comparison",
-        lambda c: {
-            "compare": c.compare,
-            "k_distance": c.scoring.k_distance,
-            "normalise": c.scoring.normalise,
-            "detector": c.detector,
-            "ood": c.data.ood,
-        },
-        ("cluster", "train-reference"),
-        evaluation.compare,
-        ("comparison/rows.json",),
-        True,
-    ),
-)
-BY_NAME = {stage.name: stage for stage in STAGES}
-
-
-def with_needs(name: str) -> list[Stage]:
-    """A stage and everything it needs, in order."""
-    wanted = {name}
-    for stage in reversed(STAGES):
-        if stage.name in wanted:
-            wanted.update(stage.needs)
-    return [stage for stage in STAGES if stage.name in wanted]
 
 
 def run(config: RunConfig, folder: Path, only: str | None = None) -> dict[str, str]:

@@ -39,8 +39,9 @@ ALLOWED = {
     "context": COMMON | {"clustering"},
     "stages": COMMON | {"context", "clustering", "diffusion", "detector", "scoring", "outliers"},
     "evaluation": COMMON | {"context", "stages", "detector", "scoring", "baselines"},
-    "run": COMMON | {"context", "clustering", "stages", "evaluation", "report"},
-    "plan": COMMON | {"context", "clustering", "diffusion", "detector", "outliers", "run"},
+    "stage_table": COMMON | {"context", "stages", "evaluation"},
+    "run": COMMON | {"context", "clustering", "stages", "stage_table", "report"},
+    "plan": COMMON | {"context", "clustering", "diffusion", "detector", "outliers", "run", "stage_table"},
 }
 OUTSIDE = {"cli", "__main__", "hosts", "__init__"}  # they import inward
 NEVER_IMPORTED = {"cli", "plan", "hosts", "__main__"}

@@ -169,8 +169,8 @@ def generate(
                 classes=classes,
                 seed=seed,
             ).cpu()
-            place = {tuple(row): position for position, row in enumerate(block.tolist())}
-            list(pool.map(lambda row: save_png(folder / file_name(*row), made[place[tuple(row)]]), rows))
+            images = [image for row, image in zip(block.tolist(), made, strict=False) if row in rows]
+            list(pool.map(save_png, [folder / file_name(*row) for row in rows], images))
             bar.update(len(rows))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

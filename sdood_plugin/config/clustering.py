@@ -1,0 +1,82 @@
+"""The pseudo-labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .check import require, require_positive
+
+
+@dataclass(frozen=True)
+class ClusteringConfig:
+    """Pseudo-labels.
+
+    Args:
+        method: `scan` (SCAN head on frozen features), `kmeans` on the same features, or `given`: labels from `labels`,
+            or, where that is null, the images' own (class folders, imglist, batches).
+        clusters: C, the number of clusters; with given labels it is read from them.
+        labels: CSV with columns `path` (or `index`) and `label`, for `given`.
+        backbone: `small_cnn`, `resnet18_cifar`, or the name of any timm model.
+        weights: safetensors file for the backbone; null trains it here with SimCLR.
+        pretext_steps: SimCLR steps.
+        pretext_batch_size: Images a SimCLR step; each is seen twice.
+        pretext_lr: Peak learning rate of SimCLR (Adam, cosine to 0).
+        temperature: NT-Xent temperature.
+        augmentation: Views for SimCLR: `digits` (shift, scale, turn, colour mixing; no flips) or `natural` (crops,
+            flips, colour jitter, grey).
+        neighbours: K nearest neighbours of each image for SCAN.
+        entropy_weight: Weight of SCAN's term that keeps clusters from emptying.
+        heads: SCAN heads trained together; the one of lowest loss is kept.
+        head_epochs: Epochs of the SCAN heads.
+        head_lr: Learning rate of the SCAN heads (Adam).
+        head_batch_size: Images a SCAN step.
+    """
+
+    method: Literal["scan", "kmeans", "given"] = "scan"
+    clusters: int = 10
+    labels: str | None = None
+    backbone: str = "small_cnn"
+    weights: str | None = None
+    pretext_steps: int = 600
+    pretext_batch_size: int = 256
+    pretext_lr: float = 2e-3
+    temperature: float = 0.3
+    augmentation: Literal["digits", "natural"] = "natural"
+    neighbours: int = 20
+    entropy_weight: float = 5.0
+    heads: int = 10
+    head_epochs: int = 60
+    head_lr: float = 1e-3
+    head_batch_size: int = 512
+
+    def __post_init__(self) -> None:
+        require(
+            self.clusters >= 2,
+            "clustering.clusters",
+            self.clusters,
+            "2 or more: a wrong class must exist",
+            "raise it; with one class there is nothing to be discrepant from",
+        )
+        require_positive(
+            "clustering",
+            self,
+            "pretext_steps",
+            "pretext_batch_size",
+            "pretext_lr",
+            "temperature",
+            "neighbours",
+            "heads",
+            "head_epochs",
+            "head_lr",
+            "head_batch_size",
+        )
+        require(0 <= self.entropy_weight < math.inf, "clustering.entropy_weight", self.entropy_weight, "0 or more")
+        require(
+            self.labels is None or self.method == "given",
+            "clustering.labels",
+            self.labels,
+            "method `given` with it",
+            "add --clustering.method given",
+        )

@@ -1,0 +1,71 @@
+"""Everything a run needs, as the sum of its stages' settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .check import require
+from .clustering import ClusteringConfig
+from .compare import CompareConfig
+from .data import DataConfig
+from .detector import DetectorConfig, ScoringConfig
+from .diffusion import DiffusionConfig
+from .outliers import OutliersConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs.
+
+    Args:
+        seed: Root seed every other seed is derived from.
+        device: `auto` takes a GPU where there is one.
+        precision: `auto` is bf16 on a GPU and float32 on a CPU.
+        checkpoint_seconds: How often a training writes a checkpoint it can resume from.
+        report: Draw figures and write report.html.
+        data: The images.
+        clustering: Pseudo-labels.
+        diffusion: The diffusion model.
+        outliers: The outlier set.
+        detector: The detector.
+        scoring: The score.
+        compare: The comparators.
+    """
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    checkpoint_seconds: float = 30.0
+    report: bool = True
+    data: DataConfig = field(default_factory=DataConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    outliers: OutliersConfig = field(default_factory=OutliersConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "0 (every step) or more")
+        size, factor = self.data.image_size, 2 ** (len(self.diffusion.channels) - 1)
+        require(
+            size is None or size % factor == 0,
+            "data.image_size",
+            size,
+            f"a multiple of {factor}, for the {len(self.diffusion.channels)} resolutions of diffusion.channels",
+        )
+        require(
+            self.outliers.start_fraction <= self.diffusion.max_start_fraction,
+            "outliers.start_fraction",
+            self.outliers.start_fraction,
+            f"at most diffusion.max_start_fraction = {self.diffusion.max_start_fraction}",
+            "raise --diffusion.max_start_fraction too: the model never saw more noise than that",
+        )
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested plain values."""
+    return dataclasses.asdict(config)
