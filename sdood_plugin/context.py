@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .clustering.labels import PseudoLabels, read_labels
 from .config import RunConfig
 from .data.images import ImageSet
 from .data.sources import load_images
@@ -99,11 +100,28 @@ class Context:
         return [*([self.test.fingerprint()] if self.test else []), *(images.fingerprint() for images in self.ood.values())]
 
     @cached_property
-    def labels(self) -> Any:
+    def labels(self) -> PseudoLabels:
         """The pseudo-labels of labels.csv."""
-        from .clustering.labels import read_labels
+        return self.with_enough_images(read_labels(self.folder / "labels.csv", self.train))
 
-        return read_labels(self.folder / "labels.csv", self.train)
+    def with_enough_images(self, labels: PseudoLabels) -> PseudoLabels:
+        """The labels, after making sure that no class has fewer images than the k whose distances are summed.
+
+        Raises:
+            RunError: A class with fewer images that are not held out than scoring.k_distance.
+        """
+        k = self.config.scoring.k_distance
+        sizes = torch.bincount(labels.labels[~self.heldout], minlength=labels.classes).tolist()
+        small = [(name, size) for name, size in enumerate(sizes) if size < k]
+        if small:
+            name, size = small[0]
+            raise RunError(
+                f"class {name}",
+                f"{size} training image{'' if size == 1 else 's'} not held out ({len(small)} of {labels.classes} classes are so small)",
+                f"scoring.k_distance = {k} or more",
+                "lower --clustering.clusters or --scoring.k_distance, or give more images of it",
+            )
+        return labels
 
     def seed(self, stage: str) -> int:
         """The seed of one stage."""

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
+from .clustering.labels import given_labels
 from .config import RunConfig
 from .context import Context
 from .detector.training import Labelled, train_detector
-from .run import check_input
+from .run import check_input, is_current
 from .stage_table import STAGES, with_needs
 
 PROBE_STEPS = 3
@@ -34,17 +35,27 @@ def describe_plan(config: RunConfig, folder: Path, only: str | None = None) -> s
     sizes += [f"note              {note}" for note in context.train.notes]
     sizes += [f"ID test           {len(context.test)}"] if context.test is not None else []
     sizes += [f"OOD {ood.group:13s} {len(context.ood[ood.name])} {ood.name}" for ood in config.data.ood]
+    sizes += [f"classes           {_classes(context)}"]
     sizes += [f"outliers          {_count(context)}" + (" and as many controls" if config.outliers.controls else "")]
     seconds = _estimate(context)
     chosen = list(STAGES) if only is None else with_needs(only)
+    done = {stage.name for stage in chosen if is_current(stage, context)}
     lines = []
     for stage in chosen:
         outputs = ", ".join(str(folder / path) for path in stage.outputs)
-        lines.append(f"{stage.name:17s} {_duration(seconds.get(stage.name, 0)):>10s}   -> {outputs}")
-    total = sum(seconds.get(stage.name, 0) for stage in chosen)
+        cost = "done" if stage.name in done else _duration(seconds[stage.name]) if stage.name in seconds else "short"
+        lines.append(f"{stage.name:17s} {cost:>10s}   -> {outputs}")
+    total = sum(seconds.get(stage.name, 0) for stage in chosen if stage.name not in done)
     device = context.accelerator.device
     lines.append(f"{'total':17s} {_duration(total):>10s}   on {device}, measured on {PROBE_STEPS} steps of each training")
     return "\n".join([*sizes, "", *lines])
+
+
+def _classes(context: Context) -> str:
+    config = context.config.clustering
+    if config.method != "given":
+        return f"{config.clusters} clusters to be found"
+    return f"{given_labels(context.train, config.labels).classes} given"
 
 
 def _count(context: Context) -> int:

@@ -84,8 +84,8 @@ def check_input(context: Context) -> None:
     for backbone in (config.clustering.backbone, config.detector.backbone):
         check_backbone(backbone)
     _ = context.train_fingerprint, context.test_fingerprint
-    if config.clustering.method == "given" and config.clustering.labels is None:
-        given_labels(context.train, None)
+    if config.clustering.method == "given":
+        context.with_enough_images(given_labels(context.train, config.clustering.labels))
     bank = int((~context.heldout).sum())
     both = bank * (1 + config.outliers.per_source)  # `outliers.sources` may leave fewer; the score itself checks that
     votes = config.detector.outlier_ratio > 0
@@ -245,10 +245,10 @@ def _lost(record: dict[str, Any], folder: Path) -> bool:
     return any(len(_files(folder / output)) < count for output, count in record["outputs"].items())
 
 
-def _is_current(stage: Stage, context: Context) -> bool:
+def is_current(stage: Stage, context: Context) -> bool:
     """Whether a stage's artefacts are those of this configuration: itself and all it needs are done."""
     record_path = _record_path(context.folder, stage.name)
-    if not record_path.exists() or not all(_is_current(BY_NAME[need], context) for need in stage.needs):
+    if not record_path.exists() or not all(is_current(BY_NAME[need], context) for need in stage.needs):
         return False
     record = read_json(record_path)
     return record["key"] == value_hash(_key_parts(stage, context)) and not _lost(record, context.folder)
@@ -292,7 +292,7 @@ def _write_metrics(context: Context) -> None:
     rows = [
         row
         for name in ("evaluate", "compare")
-        if _is_current(BY_NAME[name], context)
+        if is_current(BY_NAME[name], context)
         for row in read_json(context.folder / BY_NAME[name].folder / "rows.json")
     ]
     write_json(context.folder / "metrics.json", {"rows": rows})

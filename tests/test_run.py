@@ -29,6 +29,7 @@ from sdood_plugin.config import (
     ScoringConfig,
 )
 from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.plan import describe_plan
 from sdood_plugin.run import run
 
 
@@ -124,6 +125,14 @@ def test_a_finished_run_is_skipped_whole(finished):
     before = artefacts(finished)
     assert set(run(tiny_config(), finished).values()) == {"done"}
     assert artefacts(finished) == before
+
+
+def test_the_plan_says_what_is_done(finished):
+    plan = describe_plan(tiny_config(detector=DetectorConfig(epochs=1)), finished)
+    cost = {line.split()[0]: line.split()[1] for line in plan.splitlines() if "->" in line}
+    done = {"cluster", "train-diffusion", "generate"}
+    assert {name for name in cost if cost[name] == "done"} == done
+    assert "3 clusters to be found" in plan
 
 
 @pytest.mark.parametrize(
@@ -379,6 +388,21 @@ def test_a_folder_of_plain_images_needs_no_labels_and_no_test_sets(tmp_path):
 def test_k_larger_than_the_bank_is_named(tmp_path):
     with pytest.raises(UsageError, match="k_distance|k nearest"):
         run(tiny_config(scoring=ScoringConfig(k_distance=500)), tmp_path / "k")
+
+
+def test_a_class_with_fewer_images_than_k_is_named(tmp_path):
+    with pytest.raises(RunError, match=r"class 0: got \d+ training images not held out.*k_distance = 70 or more"):
+        run(tiny_config(scoring=ScoringConfig(k_distance=70)), tmp_path / "clusters")
+    assert (tmp_path / "clusters" / "labels.csv").is_file()  # what was done stays
+    assert not (tmp_path / "clusters" / "diffusion" / "unet.safetensors").exists()
+    config = tiny_config()
+    labels = tmp_path / "labels.csv"
+    kept = torch.nonzero(~context.Context(config, tmp_path).heldout).flatten().tolist()
+    labels.write_text("index,label\n" + "".join(f"{i},{2 if i == kept[0] else i % 2}\n" for i in range(90)))
+    config = dataclasses.replace(config, clustering=ClusteringConfig(method="given", labels=str(labels)))
+    with pytest.raises(RunError, match=r"class 2: got 1 training image not held out \(1 of 3 classes"):
+        run(config, tmp_path / "given")
+    assert not (tmp_path / "given").exists()  # found before anything was written
 
 
 def test_global_random_state_is_left_alone(tmp_path):
