@@ -1,7 +1,7 @@
-"""The embedded data, several seeds: ours beside the comparators, labels hidden or given.
+"""The embedded data, several seeds: ours beside the comparators, labels hidden or given, with paired differences.
 
-python -m benchmarks.demo --labels hidden
-python -m benchmarks.demo --labels given
+python -m benchmarks.demo --labels hidden --seeds 0 1 2 3 4
+python -m benchmarks.demo --labels given --seeds 0 1 2 3 4
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from benchmarks.experiment import Rows, data_facts
+from benchmarks.paired import paired_rows, read_scores
 from benchmarks.record import mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
@@ -25,7 +27,7 @@ def main() -> None:
     """Run the seeds one after the other and write results/demo-LABELS[-suffix].json after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", choices=["hidden", "given"], required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yml")
     parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -38,24 +40,29 @@ def main() -> None:
     if options.labels == "given":
         base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
     name = f"demo-{options.labels}{options.suffix}"
-    rows: list[dict] = []
+    rows: Rows = []
+    scores = []
     for seed in options.seeds:
         folder = ROOT / "runs" / "benchmarks" / f"{name}-{seed}"
-        run(dataclasses.replace(base, seed=seed), folder)
-        quality = label_quality(Context(dataclasses.replace(base, seed=seed), folder)) or {}
+        config = dataclasses.replace(base, seed=seed)
+        run(config, folder)
+        quality = label_quality(Context(config, folder)) or {}
         extra = {"labels": options.labels, **{f"label_{key}": value for key, value in quality.items()}}
         rows += [row | extra for row in read_json(folder / "metrics.json")["rows"]]
-        write_result(name, as_dict(base), options.seeds[: options.seeds.index(seed) + 1], rows)
+        scores.append({ood.name: read_scores(folder, ood.name) for ood in base.data.ood})
+        facts = {**data_facts(config, folder), "paired": paired_rows(scores)}
+        write_result(name, as_dict(base), options.seeds[: options.seeds.index(seed) + 1], rows, facts=facts)
     print(table(rows))
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: Rows) -> str:
     """Mean and standard deviation of the AUROC by method and test set."""
     sets = list(dict.fromkeys(row["ood"] for row in rows))
-    lines = ["AUROC".ljust(16) + "".join(name.rjust(16) for name in sets)]
+    width = max(len(row["method"]) for row in rows) + 2
+    lines = ["AUROC".ljust(width) + "".join(name.rjust(16) for name in sets)]
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == name]) for name in sets]
-        lines.append(method.ljust(16) + "".join(f"{mean:.1f} +- {deviation:.1f}".rjust(16) for mean, deviation in cells))
+        lines.append(method.ljust(width) + "".join(f"{mean:.1f} +- {deviation:.1f}".rjust(16) for mean, deviation in cells))
     return "\n".join(lines)
 
 

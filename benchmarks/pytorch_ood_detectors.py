@@ -28,7 +28,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sdood_plugin.features import Backbone, SmallCNN
+from sdood_plugin.backbones import SmallCNN
+from sdood_plugin.features import Backbone
 
 STD = [0.5, 0.5, 0.5]  # of the pixels that `network_input` gives
 UNSPLIT = "needs feature maps or several layers; this backbone's layers are not told apart here"

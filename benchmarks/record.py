@@ -30,13 +30,16 @@ def write_result(
     rows: Sequence[dict[str, Any]],
     wall_s: float | None = None,
     facts: Mapping[str, Any] | None = None,
+    spent_s: float = 0.0,
+    folder: Path = RESULTS,
 ) -> Path:
     """Write results/NAME.json; called again after each seed, so that a run that is cut off leaves what it finished.
 
-    A row with `skipped` says why its method or its data set was not run. `facts` are further entries of the file.
+    A row with `skipped` says why its method or its data set was not run. `facts` are further entries of the file,
+    `spent_s` is time that earlier, cut-off runs of the same command took.
     """
     origin = ORIGIN
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     write_json(
         path,
@@ -48,12 +51,34 @@ def write_result(
             "python": origin["python"],
             "commit": origin["commit"],
             "seeds": list(seeds),
-            "wall_s": round(time.time() - STARTED if wall_s is None else wall_s, 1),
+            "wall_s": round(spent_s + (time.time() - STARTED if wall_s is None else wall_s), 1),
             **(facts or {}),
+            "summary": summary(rows),
             "rows": list(rows),
         },
     )
     return path
+
+
+FIGURES = ("auroc", "aupr", "fpr95", "fid", "fd", "flip_rate", "stay_rate", "acc", "nmi", "ari", "images_per_s", "ratio")
+CELLS = ("start_fraction", "guidance_weight")  # numbers that tell rows apart, as every text does
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of every figure, for the rows that have a seed."""
+    groups: dict[tuple[tuple[str, Any], ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "seed" in row and any(name in row for name in FIGURES):
+            key = tuple((name, value) for name, value in row.items() if isinstance(value, str) or name in CELLS)
+            groups.setdefault(key, []).append(row)
+    found = []
+    for key, group in groups.items():
+        record = dict(key)
+        for name in FIGURES:
+            if all(isinstance(row.get(name), (int, float)) for row in group):
+                record[name], record[f"{name}_std"] = mean_and_deviation([row[name] for row in group])
+        found.append({**record, "n_seeds": len(group)})
+    return found
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from ._version import __version__
-from .config import RunConfig
+from .config import RunConfig, SelectionConfig
 from .errors import SdoodError, UsageError
 
 COMMANDS = {
@@ -18,13 +18,16 @@ COMMANDS = {
     "cluster": "pseudo-labels of the images (labels.csv)",
     "train-diffusion": "the class-conditional diffusion model",
     "generate": "the outlier set and its same-class controls",
-    "inspect": "what the outliers are like: flips, copies, backgrounds",
+    "inspect": "what the outliers are like: flips, copies, backgrounds, distances; grids of a run's set or of any FOLDER",
     "train-detector": "the three-head detector, its banks and its calibration",
     "evaluate": "score the test sets",
     "compare": "train and score the comparators on the same images",
     "report": "draw figures and report.html of a run folder again",
 }
-HOST_COMMANDS = {
+FOLDER_COMMANDS = {
+    "score": "score images with a run's detector and say which of them are OOD (a CSV, most OOD first)",
+    "select": "make a subset of an outlier set, without generating again",
+    "export-outliers": "write an outlier set as one .npz or as tar files for webdataset",
     "export-openood": "write a run as OpenOOD data, lists and YAMLs, and print the commands that start it",
     "doctor": "say what of OpenOOD can be imported and the pip line for what is missing",
 }
@@ -68,13 +71,36 @@ def build_parser() -> ArgumentParser:
                 "--images", type=str, help="folder of images (or imglist, CIFAR batches, .npz) in place of the config's data"
             )
             command.add_argument("--labels", type=str, help="CSV with `path` or `index` and `label` in place of clustering")
+            if name == "inspect":
+                command.add_argument("FOLDER", type=str, nargs="?", help="an outlier set; without it that of the run")
+                command.add_argument(
+                    "--quality", action="store_true", help="FID, KID, precision and recall: --inspection.features inception"
+                )
+            if name == "generate":
+                command.add_argument("--preview", type=int, help="only draw this many triplets, as preview.png of the run folder")
+                command.add_argument("--shard", type=str, help="i/n: only make the i-th of n parts, below RUN/shards")
+                command.add_argument("--merge", action="store_true", help="put the shards below RUN/shards together")
+            if name == "compare":
+                command.add_argument("--method", type=str, help="one comparator in place of the config's; may be repeated")
             command.add_class_arguments(RunConfig, None)
         subcommands.add_subcommand(name, command, help=text)
-    for name, text in HOST_COMMANDS.items():
+    for name, text in FOLDER_COMMANDS.items():
         command = ArgumentParser(description=f"{text[0].upper()}{text[1:]}.", exit_on_error=False, allow_abbrev=False)
         if name == "export-openood":
             command.add_argument("RUN", type=str, help="run folder with outliers")
             command.add_argument("DEST", type=str, help="where to write; may be OpenOOD's own data folder")
+        if name == "score":
+            command.add_argument("--out", type=str, required=True, help="run folder with a detector")
+            command.add_argument("--images", type=str, required=True, help="folder of images, imglist, CIFAR batches or .npz")
+            command.add_argument("--csv", type=str, help="file to write; scores.csv in the run folder without it")
+        if name == "export-outliers":
+            command.add_argument("FOLDER", type=str, help="an outlier set")
+            command.add_argument("--to", type=str, required=True, help="x.npz, or a new folder for tar files")
+        if name == "select":
+            command.add_argument("FOLDER", type=str, help="an outlier set")
+            command.add_argument("DEST", type=str, help="folder of the subset; new or empty")
+            command.add_argument("--keep", type=str, required=True, help="kinds to keep, with commas: stay,flip,ambiguous")
+            command.add_class_arguments(SelectionConfig, None, skip={"keep"})
         subcommands.add_subcommand(name, command, help=text)
     return parser
 
@@ -83,15 +109,19 @@ def expand_shortcuts(arguments: Sequence[str]) -> list[str]:
     """The arguments with the shortcuts spelt out, so that explicit settings still come last and win.
 
     `--images X` stands for settings that replace all images of the configuration, `--labels F` for settings that replace
-    its clustering; a run folder's own config.yaml is the configuration where none is given.
+    its clustering, `--method M`, which may be repeated, for the list of comparators; a run folder's own config.yaml is the
+    configuration where none is given.
     """
+    if arguments[0] == "score":
+        return list(arguments)  # its images are no settings
     configs: list[str] = []
     rest: list[str] = []
+    methods: list[str] = []
     values: dict[str, str] = {}
     index = 0
     while index < len(arguments):
         name, equals, value = arguments[index].partition("=")
-        if name in ("--config", "--images", "--labels", "--out"):
+        if name in ("--config", "--images", "--labels", "--out", "--method"):
             if not equals and index + 1 == len(arguments):
                 rest.append(name)  # the parser says what is missing
                 break
@@ -101,7 +131,11 @@ def expand_shortcuts(arguments: Sequence[str]) -> list[str]:
                 configs += ["--config", value]
             elif name == "--out":
                 rest += ["--out", value]
+            elif name == "--method":
+                methods.append(value)
             values[name] = value
+        elif name == "--quality" and arguments[0] == "inspect":
+            values[name] = ""
         else:
             rest.append(arguments[index])
         index += 1
@@ -126,6 +160,10 @@ def expand_shortcuts(arguments: Sequence[str]) -> list[str]:
         ]
     if "--labels" in values:
         shortcuts += ["--clustering.method", "given", "--clustering.labels", values["--labels"]]
+    if methods:
+        shortcuts += ["--compare.methods", f"[{','.join(methods)}]"]
+    if "--quality" in values:
+        shortcuts += ["--inspection.features", "inception"]
     return [*rest[:1], *configs, *shortcuts, *rest[1:]]
 
 
@@ -154,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = parser.instantiate(parsed)[parsed.command]
         return _dispatch(parsed.command, chosen)
     except ArgumentError as error:
-        known = given[:1] if given[0] in {**COMMANDS, **HOST_COMMANDS} else []
+        known = given[:1] if given[0] in {**COMMANDS, **FOLDER_COMMANDS} else []
         return _fail(f"{' '.join(str(error).split())}; see `{' '.join(['sdood', *known, '--help'])}`", 2)
     except SdoodError as error:
         return _fail(str(error), error.exit_code)
@@ -176,10 +214,8 @@ def _dispatch(command: str, chosen: Namespace) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("sdood_plugin").setLevel(logging.INFO)
-    if command in HOST_COMMANDS:
-        from .hosts.openood import doctor, export_openood
-
-        print(doctor() if command == "doctor" else export_openood(chosen.RUN, chosen.DEST))
+    if command in FOLDER_COMMANDS:
+        print(_on_folders(command, chosen))
         return 0
     folder = Path(chosen.out)
     if command == "report":
@@ -191,6 +227,14 @@ def _dispatch(command: str, chosen: Namespace) -> int:
         if chosen[name] is not None:  # `expand_shortcuts` has spelt out those of the command line
             raise UsageError(f"{name} in the configuration", chosen[name], f"`{setting}` there", f"or give --{name}")
     config = run_config(chosen)
+    if chosen.get("FOLDER") is not None:
+        from .inspection import inspect_folder
+
+        print(inspect_folder(config, Path(chosen.FOLDER), folder))
+        return 0
+    if command == "generate" and not chosen.dry_run and (part := _part_of_generate(config, folder, chosen)):
+        print(part)
+        return 0
     if chosen.dry_run:
         from .plan import describe_plan
 
@@ -202,6 +246,40 @@ def _dispatch(command: str, chosen: Namespace) -> int:
     run(config, folder, LAST_STAGE.get(command, command))
     print(summarise(folder))
     return 0
+
+
+def _part_of_generate(config: RunConfig, folder: Path, chosen: Namespace) -> Path | None:
+    """What `generate` does short of the whole stage: what it wrote, or None."""
+    given = [name for name in ("preview", "shard", "merge") if chosen[name]]
+    if len(given) > 1:
+        raise UsageError("generate", " and ".join(f"--{name}" for name in given), "one of them", "give one at a time")
+    if chosen.preview is None and not given:
+        return None
+    from .shards import draw_preview, generate_shard, merge_shards, parse_shard
+
+    if chosen.shard:
+        return generate_shard(config, folder, parse_shard(chosen.shard))
+    return merge_shards(config, folder) if chosen.merge else draw_preview(config, folder, chosen.preview)
+
+
+def _on_folders(command: str, chosen: Namespace) -> str:
+    """The commands that need no configuration; what they have to say."""
+    if command == "score":
+        from .decision import score_folder
+
+        return score_folder(Path(chosen.out), chosen.images, Path(chosen.csv or Path(chosen.out) / "scores.csv"))
+    if command == "select":
+        from .outliers.subset import select_set
+
+        config = SelectionConfig(chosen.keep.split(","), chosen.flip_confidence, chosen.duplicate_distance)
+        return select_set(Path(chosen.FOLDER), Path(chosen.DEST), config)
+    if command == "export-outliers":
+        from .outliers.export import export_set
+
+        return export_set(Path(chosen.FOLDER), Path(chosen.to))
+    from .hosts.openood import doctor, export_openood
+
+    return doctor() if command == "doctor" else export_openood(chosen.RUN, chosen.DEST)
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ class Context:
             name, size = small[0]
             raise RunError(
                 f"class {name}",
-                f"{size} training image{'' if size == 1 else 's'} not held out ({len(small)} of {labels.classes} classes so small)",
+                f"{size} image{'' if size == 1 else 's'} not held out ({len(small)} classes of {labels.classes} so small)",
                 f"scoring.k_distance = {k} or more",
                 "lower --clustering.clusters or --scoring.k_distance, or give more images of it",
             )

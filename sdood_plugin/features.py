@@ -5,139 +5,183 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .artifacts import read_tensors
+from .backbones import HUB, fitting_weights, is_plain_vit, make_body, set_pooling
 from .data.images import to_unit
 from .errors import UsageError
-
-
-class SmallCNN(nn.Module):
-    """Three stages of two 3 x 3 convolutions for images of 16 to 32 px; float (B, 3, H, W) -> (B, 128)."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for stage, out in enumerate((width, 2 * width, 4 * width)):
-            for _ in range(2):
-                layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-                channels = out
-            if stage < 2:
-                layers.append(nn.MaxPool2d(2))
-        self.layers = nn.Sequential(*layers)
-        self.num_features = channels
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Pooled features of the last stage."""
-        return self.layers(images).mean(dim=(2, 3))
 
 
 class Backbone(nn.Module):
     """Any backbone behind one interface: float (B, 3, H, W) in [-1, 1] -> features (B, D).
 
-    A timm model gets its images bicubically resized to its own input size and normalised by its own mean and standard
-    deviation, here and nowhere else, so that ID, OOD and outliers take the same way.
+    Images are bicubically resized to the input size and normalised by the timm model's own mean and standard deviation,
+    here and nowhere else, so that ID, OOD and outliers take the same way.
 
     Args:
         name: `small_cnn`, `resnet18_cifar` (timm's ResNet-18 with a 3 x 3 stem and no pooling, He et al. 2016, section
             4.2), or the name of a timm model.
+        pooling: `own` is the model's; `cls` the class token and `mean` the mean token of a transformer.
+        input_size: Side in pixels the images are resized to; None is a timm model's own and leaves images as they are
+            for the other two. A transformer's position embedding is interpolated to it.
+        pretrained: With timm's own pre-trained weights.
 
     Raises:
-        UsageError: timm knows no model of that name.
+        UsageError: timm knows no model of that name, or the model has no such pooling.
+        RunError: Its pre-trained weights could not be had.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, pooling: str = "own", input_size: int | None = None, pretrained: bool = False) -> None:
         super().__init__()
-        self.name = name
-        self.input_size: int | None = None
+        self.name, self.pooling = name, pooling
         self.scale: torch.Tensor
         self.offset: torch.Tensor
-        mean: tuple[float, ...] = (0.5,) * 3
-        std: tuple[float, ...] = (0.5,) * 3
-        if name == "small_cnn":
-            self.body: nn.Module = SmallCNN()
-        elif name == "resnet18_cifar":
-            self.body = _resnet18_cifar()
-        else:
-            self.body, self.input_size, mean, std = _timm(name)
-        self.feature_size: int = int(self.body.num_features)  # type: ignore[arg-type]
+        self.input_size: int | None
+        self.body, self.input_size, mean, std = make_body(name, pretrained)
+        set_pooling(name, self.body, pooling)
+        self.feature_size: int = int(getattr(self.body, "head_hidden_size", self.body.num_features))  # type: ignore[arg-type]
         self.register_buffer("scale", 0.5 / torch.tensor(std)[:, None, None], persistent=False)
         self.register_buffer(
             "offset", (0.5 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None], persistent=False
         )
+        self.frozen: list[nn.Module] = []  # kept in evaluation mode
+        self.half_way: int | None = None  # blocks that `frozen_part` runs; None: it only prepares the images
+        if input_size is not None:
+            self.resize_input(input_size)
+
+    def resize_input(self, side: int) -> None:
+        """Take images of `side` pixels from now on; call it after a transformer got its weights."""
+        body: Any = self.body
+        if side != self.input_size and hasattr(body, "set_input_size"):
+            body.set_input_size(img_size=(side, side))
+        self.input_size = side
+
+    def layers(self) -> dict[str, int]:
+        """The layer each parameter of the body belongs to, as timm groups them: 0 is the stem, then one a block.
+
+        Raises:
+            UsageError: timm does not say it of this model.
+        """
+        from timm.models import group_parameters
+
+        body: Any = self.body
+        if not hasattr(body, "group_matcher"):
+            raise UsageError("backbone", self.name, "a model whose blocks timm knows", "set frozen_blocks 0 and layer_decay 1")
+        return group_parameters(body, body.group_matcher(coarse=False), reverse=True)
+
+    def freeze(self, blocks: int | Literal["all"]) -> None:
+        """Keep the stem and the first `blocks` blocks as they are, in evaluation mode; 0 keeps nothing.
+
+        Raises:
+            UsageError: There are not so many blocks.
+        """
+        if blocks == "all":
+            self.requires_grad_(False)
+            self.frozen = [self.body]
+        elif blocks:
+            self._freeze_first(blocks)
+        self.train(self.training)
+
+    def _freeze_first(self, blocks: int) -> None:
+        layers = self.layers()
+        most = max(layers.values())
+        if blocks >= most:
+            raise UsageError("detector.frozen_blocks", blocks, f"below {most} for {self.name}, or all", "lower it or give all")
+        for name, parameter in self.body.named_parameters():
+            parameter.requires_grad_(layers[name] > blocks)
+        own = [(part, list(part.parameters())) for part in self.body.modules()]
+        self.frozen = [part for part, parameters in own if parameters and not any(p.requires_grad for p in parameters)]
+        self.half_way = blocks if is_plain_vit(self.body) else None
+
+    @property
+    def has_frozen_part(self) -> bool:
+        """Whether `frozen_part` does more than prepare the images: its outputs can be computed once."""
+        return self.half_way is not None or self.frozen[:1] == [self.body]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Training mode for all but the frozen parts."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+    def frozen_part(self, images: torch.Tensor) -> torch.Tensor:
+        """Float (B, 3, H, W) images resized, normalised and, where the split is known, through the frozen blocks.
+
+        The split is known of timm's plain vision transformers, whose tokens (B, L, D) it gives, and of a backbone that
+        is frozen as a whole, whose features (B, D) it gives.
+        """
+        if self.input_size is not None and images.shape[-1] != self.input_size:
+            images = F.interpolate(images, size=(self.input_size,) * 2, mode="bicubic", align_corners=False, antialias=True)
+        images = images * self.scale + self.offset
+        if not self.has_frozen_part:
+            return images
+        body: Any = self.body
+        with torch.no_grad():
+            if self.half_way is None:
+                return body(images)
+            extra = body.num_prefix_tokens > 0
+            (tokens,) = body.forward_intermediates(
+                images,
+                indices=[self.half_way - 1],
+                return_prefix_tokens=extra,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+            return torch.cat([tokens[1], tokens[0]], dim=1) if extra else tokens
+
+    def trained_part(self, values: torch.Tensor) -> torch.Tensor:
+        """Features of what `frozen_part` gave."""
+        body: Any = self.body
+        if self.half_way is not None:
+            return body.forward_head(body.norm(body.blocks[self.half_way :](values)))
+        return values if self.has_frozen_part else body(values)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Features of float (B, 3, H, W) images in [-1, 1]."""
-        if self.input_size is not None and images.shape[-1] != self.input_size:
-            images = F.interpolate(images, size=(self.input_size,) * 2, mode="bicubic", align_corners=False, antialias=True)
-        return self.body(images * self.scale + self.offset)
+        return self.trained_part(self.frozen_part(images))
 
 
-def _resnet18_cifar() -> nn.Module:
-    import timm
-
-    model = timm.create_model("resnet18", num_classes=0)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
-
-
-def check_backbone(name: str) -> None:
-    """Make sure that there is a backbone of this name.
+def check_backbone(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    pooling: str = "own",
+    input_size: int | None = None,
+    frozen_blocks: int | Literal["all"] = 0,
+) -> None:
+    """Make sure, at no cost, that `load_backbone` and `Backbone.freeze` will do.
 
     Raises:
-        UsageError: timm knows no model of that name.
+        UsageError: What they would raise.
     """
-    if name in ("small_cnn", "resnet18_cifar"):
-        return
-    import timm
-
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise UsageError(
-            "backbone",
-            name,
-            f"small_cnn, resnet18_cifar or a timm model such as {near or ['vit_tiny_patch16_224']}",
-            "check the name",
-        )
+    with torch.device("meta"):
+        backbone = Backbone(name, pooling=pooling)
+        if weights is not None and weights != HUB:
+            fitting_weights(read_tensors(Path(weights)), backbone.body, name, weights)
+        if input_size is not None:
+            backbone.resize_input(input_size)
+        backbone.freeze(frozen_blocks)
 
 
-def _timm(name: str) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
-    import timm
-
-    check_backbone(name)
-    model = timm.create_model(name, num_classes=0)
-    settings = timm.data.resolve_data_config({}, model=model)
-    return model, settings["input_size"][-1], settings["mean"], settings["std"]
-
-
-def load_backbone(name: str, weights: str | Path | None) -> Backbone:
-    """A backbone with weights from a safetensors file (keys of the timm model or of `Backbone`), or random ones.
+def load_backbone(name: str, weights: str | Path | None, *, pooling: str = "own", input_size: int | None = None) -> Backbone:
+    """A backbone with weights from a safetensors file (keys of the timm model or of `Backbone`), timm's (`hub`), or random ones.
 
     Raises:
         UsageError: The file's tensors do not fit the model.
+        RunError: The hub's weights could not be had.
     """
-    backbone = Backbone(name)
-    if weights is None:
-        return backbone
-    tensors = read_tensors(Path(weights))
-    own = {key.removeprefix("body."): value for key, value in tensors.items()}
-    wanted = backbone.body.state_dict()
-    kept = {key: value for key, value in own.items() if key in wanted}
-    absent = sorted(set(wanted) - set(kept))
-    misfit = [key for key, value in kept.items() if value.shape != wanted[key].shape]
-    if absent or misfit:
-        raise UsageError(
-            f"weights {weights}",
-            f"no {absent[0]}" if absent else f"{misfit[0]} of shape {tuple(kept[misfit[0]].shape)}",
-            f"every tensor of {name}",
-            "give the weights of this backbone",
-        )
-    backbone.body.load_state_dict(kept)
+    backbone = Backbone(name, pooling=pooling, pretrained=weights == HUB)
+    if weights is not None and weights != HUB:
+        backbone.body.load_state_dict(fitting_weights(read_tensors(Path(weights)), backbone.body, name, weights))
+    if input_size is not None:
+        backbone.resize_input(input_size)
     return backbone
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from .clustering.labels import given_labels
-from .config import RunConfig
+from .config import ClusteringConfig, RunConfig
+from .config.outliers import bounds
 from .context import Context
 from .detector.training import Labelled, train_detector
 from .run import check_input, is_current
-from .stage_table import STAGES, with_needs
+from .stage_table import chosen_stages
 
 PROBE_STEPS = 3
 
@@ -38,7 +39,7 @@ def describe_plan(config: RunConfig, folder: Path, only: str | None = None) -> s
     sizes += [f"classes           {_classes(context)}"]
     sizes += [f"outliers          {_count(context)}" + (" and as many controls" if config.outliers.controls else "")]
     seconds = _estimate(context)
-    chosen = list(STAGES) if only is None else with_needs(only)
+    chosen = chosen_stages(config, only)
     done = {stage.name for stage in chosen if is_current(stage, context)}
     lines = []
     for stage in chosen:
@@ -77,10 +78,29 @@ def _per_unit(work: Callable[[int], object], few: int, many: int) -> float:
     return max(times[1] - times[0], 0.0) / (many - few)
 
 
+def _pretext_steps(clustering: ClusteringConfig, images: int) -> float:
+    """SimCLR steps, and what SCAN and self-labelling through the backbone are worth in them, by the views they train on."""
+    if clustering.method == "given":
+        return 0.0
+    steps = float(clustering.pretext_steps) if clustering.weights is None else 0.0
+    if clustering.method == "scan" and clustering.finetune_epochs:
+        views = images * (2 * clustering.finetune_epochs + 1.3 * clustering.self_label_epochs)  # 0.3: choosing who teaches
+        steps += views / (2 * min(clustering.pretext_batch_size, images))
+    return steps
+
+
+def _comparators(config: RunConfig, reference: float, diffusion: float) -> float:
+    """Seconds of the comparators' training, from those of the reference network and of the diffusion model."""
+    networks = {"oe-noise": 1.5, "multi-class": 1.0, "mscl": 2.0, "fake-it": 2.0}  # images a step, in units of the reference's
+    fakes = diffusion * (config.compare.fake_it_steps or config.diffusion.steps / 2) / config.diffusion.steps
+    methods = config.compare.methods
+    return sum(networks.get(method, 0.0) * reference for method in methods) + fakes * ("fake-it" in methods)
+
+
 def _estimate(context: Context) -> dict[str, float]:
     from .clustering.simclr import train_simclr
     from .diffusion.training import train_diffusion
-    from .outliers.generate import sample_batch
+    from .outliers.sample import sample_batch
 
     config, images = context.config, context.train.images
     classes = config.clustering.clusters
@@ -101,8 +121,8 @@ def _estimate(context: Context) -> dict[str, float]:
                 data, data, data, dataclasses.replace(config.detector, epochs=epochs, weights=None), classes=classes, **common
             )
 
-        needs_pretext = config.clustering.method != "given" and config.clustering.weights is None
-        pretext_seconds = _per_unit(pretext, 1, 1 + PROBE_STEPS) * config.clustering.pretext_steps if needs_pretext else 0.0
+        pretext_steps = _pretext_steps(config.clustering, len(images))
+        pretext_seconds = _per_unit(pretext, 1, 1 + PROBE_STEPS) * pretext_steps if pretext_steps else 0.0
         diffusion_seconds = _per_unit(diffusion, 1, 1 + PROBE_STEPS) * config.diffusion.steps
         steps = config.detector.epochs * max(1, int((~context.heldout).sum()) // config.detector.batch_size)
         detector_seconds = _per_unit(detector, 1, 1 + PROBE_STEPS) * steps
@@ -110,7 +130,7 @@ def _estimate(context: Context) -> dict[str, float]:
             images[:2], labels[:2], dataclasses.replace(config.diffusion, steps=1, batch_size=2), classes=classes, **common
         )[0]
     size = min(config.outliers.batch_size, len(images))
-    few = dataclasses.replace(config.outliers, sampling_steps=1)
+    few = dataclasses.replace(config.outliers, sampling_steps=1, start_fraction=bounds(config.outliers.start_fraction)[1])
     device = context.accelerator.device
     started = time.perf_counter()
     sample_batch(
@@ -130,5 +150,5 @@ def _estimate(context: Context) -> dict[str, float]:
         "generate": per_image * _count(context) * (1.5 if config.outliers.controls else 1.0),
         "train-reference": detector_seconds / 2,
         "train-detector": detector_seconds,
-        "compare": detector_seconds * 0.75 * ("oe-noise" in config.compare.methods),
+        "train-comparators": _comparators(config, detector_seconds / 2, diffusion_seconds),
     }

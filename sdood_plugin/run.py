@@ -18,12 +18,13 @@ import yaml
 from . import stages
 from ._version import __version__
 from .artifacts import file_hash, provenance, read_json, value_hash, write_json, write_text
+from .backbones import HUB
 from .clustering.labels import given_labels
 from .config import RunConfig, as_dict
 from .context import Context
 from .errors import RunError, UsageError
 from .features import check_backbone
-from .stage_table import BY_NAME, STAGES, Stage, with_needs
+from .stage_table import BY_NAME, Stage, chosen_stages
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ def run(config: RunConfig, folder: Path, only: str | None = None) -> dict[str, s
         _require_report_extra()
     context = Context(config, folder)
     check_input(context)
-    chosen = list(STAGES) if only is None else with_needs(only)
-    with _locked(folder, context.is_main):
+    chosen = chosen_stages(config, only)
+    with locked(folder, context.is_main):
         if context.is_main:
             _describe(config, folder)
         context.accelerator.wait_for_everyone()
@@ -74,15 +75,22 @@ def check_input(context: Context) -> None:
         ("clustering.weights", config.clustering.weights),
         ("detector.weights", config.detector.weights),
     ):
-        if file is not None and not Path(file).is_file():
+        if file not in (None, HUB) and not Path(file).is_file():
             raise UsageError(name, file, "a file", "check the path")
     tests = [config.data.test] if config.data.test is not None else []
     for images in (config.data.train, *tests, *(ood.images for ood in config.data.ood)):
         place = Path(images.path).resolve()
         if images.path != "demo" and place.is_dir() and out.is_relative_to(place):
             raise UsageError("--out", context.folder, f"a folder outside the images in {images.path}", "choose another folder")
-    for backbone in (config.clustering.backbone, config.detector.backbone):
-        check_backbone(backbone)
+    detector = config.detector
+    check_backbone(config.clustering.backbone, config.clustering.weights)
+    check_backbone(
+        detector.backbone,
+        detector.weights,
+        pooling=detector.pooling,
+        input_size=detector.input_size,
+        frozen_blocks=detector.frozen_blocks,
+    )
     _ = context.train_fingerprint, context.test_fingerprint
     if config.clustering.method == "given":
         context.with_enough_images(given_labels(context.train, config.clustering.labels))
@@ -124,12 +132,22 @@ def _require_report_extra() -> None:
 
 
 def _truth(context: Context) -> dict[str, Any]:
-    """What only the report may know: the true labels' verdict on the pseudo-labels."""
-    return {"label_quality": stages.label_quality(context), "notes": context.train.notes}
+    """What only the report may know: the true labels' verdict on the pseudo-labels and on g_in."""
+    return {
+        "label_quality": stages.label_quality(context),
+        "id_accuracy": stages.true_accuracy(context),
+        "notes": context.train.notes,
+    }
 
 
 @contextmanager
-def _locked(folder: Path, is_main: bool) -> Iterator[None]:
+def locked(folder: Path, is_main: bool) -> Iterator[None]:
+    """Hold a run folder against other processes; those of one launch rely on the main one.
+
+    Raises:
+        UsageError: It holds something else.
+        RunError: Another process works in it, or nobody can.
+    """
     if not is_main:
         yield
         return
@@ -179,14 +197,14 @@ def _key_parts(stage: Stage, context: Context) -> dict[str, Any]:
     if stage.name == "cluster" and given is not None:
         parts["label file"] = file_hash(Path(given))
     weights = config.clustering.weights if stage.name == "cluster" else config.detector.weights if "detector" in parts else None
-    if weights is not None:
+    if weights is not None and weights != HUB:
         parts["weights file"] = file_hash(Path(weights))
     if stage.name == "cluster" and config.clustering.method == "given" and given is None and context.train.labels is not None:
         parts["labels"] = value_hash(context.train.labels.tolist())
     if stage.sees_tests:
         parts["test images"] = context.test_fingerprint
-    for need in stage.needs:
-        parts[f"result of {need}"] = read_json(_record_path(context.folder, need))["result"]
+    for need in stage.needed(config):
+        parts[f"result of {need.name}"] = read_json(_record_path(context.folder, need.name))["result"]
     return parts
 
 
@@ -248,7 +266,7 @@ def _lost(record: dict[str, Any], folder: Path) -> bool:
 def is_current(stage: Stage, context: Context) -> bool:
     """Whether a stage's artefacts are those of this configuration: itself and all it needs are done."""
     record_path = _record_path(context.folder, stage.name)
-    if not record_path.exists() or not all(is_current(BY_NAME[need], context) for need in stage.needs):
+    if not record_path.exists() or not all(is_current(need, context) for need in stage.needed(context.config)):
         return False
     record = read_json(record_path)
     return record["key"] == value_hash(_key_parts(stage, context)) and not _lost(record, context.folder)
@@ -257,6 +275,9 @@ def is_current(stage: Stage, context: Context) -> bool:
 def _clear(stage: Stage, context: Context, key: str) -> None:
     """Remove what an earlier configuration left; what a killed run of this one left stays."""
     folder = context.folder / stage.folder
+    if stage.keeps:
+        _record_path(context.folder, stage.name).unlink(missing_ok=True)
+        return
     marker = folder / ".key"
     if marker.exists() and marker.read_text() == key:
         for path in [file for output in (stage.folder, *stage.outputs) for file in (context.folder / output).rglob(".*.*")]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import evaluation, stages
+from . import comparison, evaluation, generation, inspection, stages
 from .config import RunConfig
 from .context import Context
 
@@ -24,6 +24,8 @@ class Stage:
         make: Does the work.
         outputs: Files and folders that must exist for it to count as done.
         sees_tests: Whether it reads the test images.
+        keeps: Whether it decides itself what of an earlier configuration's files can stay.
+        wanted: Whether a configuration has any use of it.
     """
 
     name: str
@@ -33,26 +35,16 @@ class Stage:
     make: Callable[[Context, Path, str], None]
     outputs: tuple[str, ...]
     sees_tests: bool = False
+    keeps: bool = False
+    wanted: Callable[[RunConfig], bool] = lambda _config: True
+
+    def needed(self, config: RunConfig) -> list[Stage]:
+        """The stages it reads artefacts of under a configuration."""
+        return [BY_NAME[name] for name in self.needs if BY_NAME[name].wanted(config)]
 
 
 STAGES = (
     Stage("cluster", "clustering", lambda c: {"clustering": c.clustering}, (), stages.cluster, ("labels.csv",)),
-    Stage(
-        "train-diffusion",
-        "diffusion",
-        lambda c: {"diffusion": c.diffusion, "heldout": c.data.heldout_fraction},
-        ("cluster",),
-        stages.train_diffusion,
-        ("diffusion/unet.safetensors",),
-    ),
-    Stage(
-        "generate",
-        "outliers",
-        lambda c: {"outliers": c.outliers},
-        ("cluster", "train-diffusion"),
-        stages.generate,
-        ("outliers", "controls"),
-    ),
     Stage(
         "train-reference",
         "reference",
@@ -65,17 +57,34 @@ STAGES = (
         ("reference/reference.safetensors",),
     ),
     Stage(
+        "train-diffusion",
+        "diffusion",
+        lambda c: {"diffusion": c.diffusion, "heldout": c.data.heldout_fraction},
+        ("cluster",),
+        stages.train_diffusion,
+        ("diffusion/unet.safetensors",),
+    ),
+    Stage(
+        "generate",
+        "outliers",
+        lambda c: {"outliers": c.outliers},
+        ("cluster", "train-reference", "train-diffusion"),
+        generation.generate,
+        ("outliers", "controls"),
+        keeps=True,
+    ),
+    Stage(
         "inspect",
         "inspection",
-        lambda c: {},
+        lambda c: {"inspection": c.inspection, "selection": c.selection},
         ("cluster", "generate", "train-reference"),
-        stages.inspect,
+        inspection.inspect,
         ("inspection",),
     ),
     Stage(
         "train-detector",
         "detector",
-        lambda c: {"detector": c.detector, "heldout": c.data.heldout_fraction},
+        lambda c: {"detector": c.detector, "selection": c.selection, "heldout": c.data.heldout_fraction},
         ("cluster", "generate"),
         stages.train_three_heads,
         ("detector/detector.safetensors",),
@@ -87,6 +96,34 @@ STAGES = (
         ("generate", "train-detector"),
         stages.calibrate,
         ("detector/bank.safetensors", "detector/score.json", "detector/heldout.csv"),
+    ),
+    Stage(
+        "train-comparators",
+        "comparators",
+        lambda c: {
+            "compare": c.compare,
+            "clustering": c.clustering,
+            "diffusion": c.diffusion,
+            "detector": c.detector,
+            "heldout": c.data.heldout_fraction,
+        },
+        ("cluster", "train-reference"),
+        comparison.train_comparators,
+        ("comparators",),
+    ),
+    Stage(
+        "train-exposed",
+        "exposed",
+        lambda c: {
+            "methods": ", ".join(method for method in c.compare.methods if method in comparison.EXPOSED),
+            "detector": c.detector,
+            "selection": c.selection,
+            "heldout": c.data.heldout_fraction,
+        },
+        ("cluster", "generate"),
+        comparison.train_exposed,
+        ("exposed",),
+        wanted=lambda c: any(method in comparison.EXPOSED for method in c.compare.methods),
     ),
     Stage(
         "evaluate",
@@ -101,25 +138,24 @@ STAGES = (
         "compare",
         "comparison",
         lambda c: {
-            "compare": c.compare,
+            "methods": ", ".join(c.compare.methods),
             "k_distance": c.scoring.k_distance,
             "normalise": c.scoring.normalise,
-            "detector": c.detector,
             "ood": c.data.ood,
         },
-        ("cluster", "train-reference"),
-        evaluation.compare,
-        ("comparison/rows.json",),
+        ("cluster", "train-reference", "train-comparators", "train-exposed"),
+        comparison.compare,
+        ("comparison",),
         True,
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 
-def with_needs(name: str) -> list[Stage]:
-    """A stage and everything it needs, in order."""
-    wanted = {name}
+def chosen_stages(config: RunConfig, last: str | None = None) -> list[Stage]:
+    """All stages that a configuration has a use of, or one of them and everything it needs, in order."""
+    wanted = {stage.name for stage in STAGES if stage.wanted(config)} if last is None else {last}
     for stage in reversed(STAGES):
         if stage.name in wanted:
-            wanted.update(stage.needs)
+            wanted.update(need.name for need in stage.needed(config))
     return [stage for stage in STAGES if stage.name in wanted]

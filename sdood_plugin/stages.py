@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ import torch
 
 from .artifacts import write_csv, write_json, write_tensors
 from .context import Context
-from .data.images import spread
 from .detector.network import ThreeHeadNet, load_network, save_network
 from .detector.training import Labelled, train_detector
 from .features import evaluating, extract
 from .metrics import clustering_metrics
-from .training import place, unet_format
+from .training import place
 
 
 def write_curves(path: Path, history: dict[str, list[float]]) -> None:
@@ -26,27 +25,34 @@ def write_curves(path: Path, history: dict[str, list[float]]) -> None:
 
 
 def cluster(run: Context, folder: Path, key: str) -> None:
-    """labels.csv and, where one was trained, the pretext's weights."""
+    """labels.csv, the same as an imglist, example images of each cluster and, where it was trained, the backbone."""
     from .clustering.cluster import cluster_images
-    from .clustering.labels import write_labels
+    from .clustering.labels import example_rows, write_imglist, write_labels
 
-    labels, backbone, curves = cluster_images(run.train, run.config.clustering, **run.training(folder, key, "cluster"))
+    config = run.config.clustering
+    labels, backbone, curves, notes = cluster_images(run.train, config, **run.training(folder, key, "cluster"))
     run.__dict__.pop("labels", None)
     if not run.is_main:
         return
     write_labels(run.folder / "labels.csv", run.train, labels.labels, labels.confidence)
-    if backbone is not None and run.config.clustering.weights is None:
-        write_tensors(folder / "pretext.safetensors", backbone.state_dict())
+    write_imglist(folder / "imglist.txt", run.train, labels.labels)
+    if backbone is not None and (config.weights is None or config.finetune_epochs > 0):
+        write_tensors(folder / "backbone.safetensors", backbone.state_dict())
     for name, history in curves.items():
         write_curves(folder / f"{name}.csv", history)
+    examples = example_rows(labels)
+    write_tensors(folder / "examples.safetensors", {name: run.train.images[rows] for name, rows in examples.items()})
     write_json(
         folder / "summary.json",
         {
-            "method": run.config.clustering.method,
+            "method": config.method,
             "classes": labels.classes,
             "sizes": torch.bincount(labels.labels, minlength=labels.classes).tolist(),
+            "notes": notes,
         },
     )
+    for left in folder.glob("checkpoint*.pt"):
+        left.unlink()
 
 
 def label_quality(run: Context) -> dict[str, float] | None:
@@ -80,44 +86,19 @@ def train_diffusion(run: Context, folder: Path, key: str) -> None:
     write_csv(folder / "loss-by-noise.csv", list(levels[0]), (list(row.values()) for row in levels))
 
 
-def generate(run: Context, folder: Path, key: str) -> None:
-    """outliers/ and, if wanted, controls/, made of all training images, held-out ones included."""
-    from .diffusion.unet import load_unet
-    from .outliers.generate import generate as make
-
-    labels, config = run.labels, run.config
-    weights = run.folder / "diffusion" / "unet.safetensors"
-    unet = place(
-        load_unet(weights, config.diffusion, classes=labels.classes, image_size=run.train.images.shape[-1]),
-        run.accelerator.device,
-        unet_format(run.accelerator.device),
-    )
-    common = {"classes": labels.classes, "accelerator": run.accelerator, "seed": run.seed("outliers")}
-    make(unet, run.train, labels.labels, config.outliers, config.diffusion, folder=run.folder / "outliers", key=key, **common)
-    if config.outliers.controls:
-        same = dataclasses.replace(config.outliers, mode="same", per_source=1)
-        make(
-            unet,
-            run.train,
-            labels.labels,
-            same,
-            config.diffusion,
-            folder=run.folder / "controls",
-            key=key,
-            name="controls",
-            **common,
-        )
-
-
-def _outliers(run: Context, folder: str, heldout: bool) -> Labelled | None:
-    """Outliers or controls of held-out or of training sources; None where the folder is absent."""
+def read_outliers(run: Context, folder: str, heldout: bool) -> Labelled | None:
+    """Outliers that `selection` keeps, or controls, of held-out or of training sources; None where the folder is absent."""
     from .outliers.dataset import OutlierSet
+    from .outliers.subset import select
 
     if not (run.folder / folder / "meta.json").exists():
         return None
     made = OutlierSet(run.folder / folder)
     chosen = run.heldout[made.sources] == heldout
-    return Labelled(made.images[chosen], made.labels[chosen])
+    if folder == "outliers":
+        chosen &= select(made, run.config.selection).kept
+    made = made.take(chosen)
+    return Labelled(made.images, made.labels)
 
 
 def train_reference(run: Context, folder: Path, key: str) -> None:
@@ -127,7 +108,7 @@ def train_reference(run: Context, folder: Path, key: str) -> None:
 
 def train_three_heads(run: Context, folder: Path, key: str) -> None:
     """The detector's weights."""
-    train_network(run, folder, key, "detector", _outliers(run, "outliers", False), _outliers(run, "controls", False))
+    train_network(run, folder, key, "detector", read_outliers(run, "outliers", False), read_outliers(run, "controls", False))
 
 
 def calibrate(run: Context, folder: Path, key: str) -> None:
@@ -136,7 +117,7 @@ def calibrate(run: Context, folder: Path, key: str) -> None:
     from .scoring.storage import save_score
 
     network = place(load_network(run.folder / "detector" / "detector.safetensors"), run.accelerator.device)
-    outliers, heldout_outliers = _outliers(run, "outliers", False), _outliers(run, "outliers", True)
+    outliers, heldout_outliers = read_outliers(run, "outliers", False), read_outliers(run, "outliers", True)
     device = run.accelerator.device
     nothing = torch.empty(0, network.backbone.feature_size, device=device)
 
@@ -177,39 +158,31 @@ def train_network(
     if run.is_main:
         save_network(folder / f"{name}.safetensors", network)
         write_curves(folder / "loss.csv", history)
+        _write_classes(run, network, folder)
     return network
 
 
-def inspect(run: Context, folder: Path, key: str) -> None:
-    """quality.json: what the outliers and the controls are, judged by the reference network; and the triplets' choice."""
-    from .outliers.dataset import OutlierSet
-    from .outliers.inspect import set_quality
-
-    reference = load_network(run.folder / "reference" / "reference.safetensors").to(run.accelerator.device)
-
-    def judge(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = extract(reference.backbone, images, device=run.accelerator.device)
-        with evaluating(reference):
-            return features, reference.g_in(features).softmax(dim=1)
-
-    quality, sets = {}, {}
-    for name in ("outliers", "controls"):
-        if (run.folder / name / "meta.json").exists():
-            made = OutlierSet(run.folder / name)
-            quality[name] = set_quality(made, run.train.images, judge)
-            sets[name] = made
-    if run.is_main:
-        write_json(folder / "quality.json", quality)
-        _write_triplets(run, folder / "triplets.safetensors", sets, lambda images: judge(images)[1].argmax(dim=1).cpu())
+def _write_classes(run: Context, network: ThreeHeadNet, folder: Path) -> None:
+    """What g_in says of the held-out images: each class in classes.csv, accuracy.json against the pseudo-labels."""
+    features = extract(network.backbone, run.train.images[run.heldout], device=run.accelerator.device)
+    with evaluating(network):
+        said = network.g_in(features).argmax(dim=1).cpu()
+    rows = run.heldout.nonzero()[:, 0].tolist()
+    labels = run.labels.labels[rows]
+    names = [run.train.names[row] for row in rows]
+    write_csv(folder / "classes.csv", ("path", "label", "said"), zip(names, labels.tolist(), said.tolist(), strict=True))
+    right = 100 * float((said == labels).double().mean())
+    write_json(folder / "accuracy.json", {"images": len(rows), "acc_pseudo_labels": right})
 
 
-def _write_triplets(run: Context, path: Path, sets: dict[str, Any], classify: Any, count: int = 16) -> None:
-    """Sources spread over the set, their controls and their outliers, and the class each is seen as."""
-    made = sets["outliers"]
-    rows = spread(len(made), min(count, len(made)))
-    sources = made.sources[rows]
-    strips = {"source": run.train.images[sources], "outlier": made.images[rows]}
-    if "controls" in sets:
-        position = {source: row for row, source in enumerate(sets["controls"].sources.tolist())}
-        strips["control"] = sets["controls"].images[[position[source] for source in sources.tolist()]]
-    write_tensors(path, {**strips, **{f"{name}_said": classify(images) for name, images in strips.items()}})
+def true_accuracy(run: Context) -> float | None:
+    """Per cent of the held-out images whose true class the detector's g_in finds: reported, never used.
+
+    A cluster's number means nothing, so true labels are compared after the best matching of clusters and classes.
+    """
+    path, true = run.folder / "detector" / "classes.csv", run.train.labels
+    if not path.exists() or true is None or int(true.min()) < 0:
+        return None
+    with path.open(newline="") as stream:
+        said = [int(row["said"]) for row in csv.DictReader(stream)]
+    return clustering_metrics(said, true[run.heldout])["acc"]

@@ -71,9 +71,18 @@ def progress_bar(name: str, total: int, unit: str, shown: bool, done: int = 0) -
     )
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning rate: linear over the first 5 % of the steps, then a half cosine to 0."""
-    warm = max(1, steps // 20)
+def initialised(make: Callable[[], Module], seed: int) -> Module:
+    """What `make` builds with its random weights drawn from `seed`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, steps: int, warmup_fraction: float = 0.05
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Each group's learning rate: linear over the first share of the steps, then a half cosine to 0."""
+    warm = max(1, int(warmup_fraction * steps))
 
     def factor(step: int) -> float:
         if step < warm:
@@ -81,6 +90,47 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Descent:
+    """One optimiser step after the other: backward, optimiser, schedule; and the module as the accelerator wants it called.
+
+    Args:
+        module: What is trained, on the accelerator's device.
+        optimizer: Of its parameters.
+        steps: How many there will be.
+        accelerator: Device, precision and processes.
+        warmup_fraction: Share of the steps over which the learning rate rises.
+        gradient_clip: Largest norm of the whole gradient; None leaves it.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        accelerator: Accelerator,
+        *,
+        warmup_fraction: float = 0.05,
+        gradient_clip: float | None = None,
+    ) -> None:
+        self._module, self._optimizer, self._accelerator, self._clip = module, optimizer, accelerator, gradient_clip
+        self._schedule = warmup_cosine(optimizer, steps, warmup_fraction)
+        self.wrapped = accelerator.prepare(module)
+
+    def __call__(self, loss: torch.Tensor) -> None:
+        """Follow the gradient of a scalar loss."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._accelerator.backward(loss)
+        if self._clip is not None:
+            self._accelerator.clip_grad_norm_(self._module.parameters(), self._clip)
+        self._optimizer.step()
+        self._schedule.step()
+
+    @property
+    def state(self) -> dict[str, Stateful]:
+        """What a checkpoint must hold of it."""
+        return {"module": self._module, "optimizer": self._optimizer, "schedule": self._schedule}
 
 
 def train_steps(

@@ -14,9 +14,7 @@ from sdood_plugin.config import DiffusionConfig, RunConfig
 from sdood_plugin.data.images import ImageSet
 from sdood_plugin.training import make_accelerator
 
-TINY = DiffusionConfig(
-    channels=[16, 16], layers_per_block=1, attention=True, timesteps=100, max_start_fraction=0.5, steps=5, batch_size=6
-)
+TINY = DiffusionConfig(size="tiny", timesteps=100, max_start_fraction=0.5, steps=5, batch_size=6)
 
 
 @pytest.fixture(scope="session")

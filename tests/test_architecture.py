@@ -14,7 +14,7 @@ import sdood_plugin
 ROOT = Path(sdood_plugin.__file__).parent
 LEAVES = {"errors", "randomness", "_version"}
 FOUNDATION = LEAVES | {"config", "artifacts", "neighbours", "metrics"}
-COMMON = FOUNDATION | {"data", "features", "training"}
+COMMON = FOUNDATION | {"data", "backbones", "features", "training"}
 # room -> rooms it may import; its own files always
 ALLOWED = {
     "errors": set(),
@@ -26,7 +26,8 @@ ALLOWED = {
     "metrics": {"errors"},
     "training": FOUNDATION,
     "data": FOUNDATION,
-    "features": FOUNDATION | {"data"},
+    "backbones": {"errors"},
+    "features": FOUNDATION | {"data", "backbones"},
     "clustering": COMMON,
     "diffusion": COMMON,
     "detector": COMMON,
@@ -38,8 +39,12 @@ ALLOWED = {
     "decision": COMMON | {"detector", "scoring"},
     "context": COMMON | {"clustering"},
     "stages": COMMON | {"context", "clustering", "diffusion", "detector", "scoring", "outliers"},
+    "generation": COMMON | {"context", "clustering", "diffusion", "detector", "outliers"},
+    "shards": COMMON | {"context", "generation", "outliers", "run", "stage_table"},
+    "inspection": COMMON | {"context", "generation", "outliers", "report"},
     "evaluation": COMMON | {"context", "stages", "detector", "scoring", "baselines"},
-    "stage_table": COMMON | {"context", "stages", "evaluation"},
+    "comparison": COMMON | {"context", "stages", "clustering", "diffusion", "detector", "outliers", "baselines", "evaluation"},
+    "stage_table": COMMON | {"context", "stages", "evaluation", "comparison", "generation", "inspection"},
     "run": COMMON | {"context", "clustering", "stages", "stage_table", "report"},
     "plan": COMMON | {"context", "clustering", "diffusion", "detector", "outliers", "run", "stage_table"},
 }

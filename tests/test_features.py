@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from sdood_plugin.artifacts import write_tensors
 from sdood_plugin.data.images import to_unit
-from sdood_plugin.errors import UsageError
-from sdood_plugin.features import Backbone, evaluating, extract, load_backbone
+from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.features import Backbone, check_backbone, evaluating, extract, load_backbone
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,8 @@ def test_weights_are_taken_with_or_without_prefix(tmp_path, backbone, pictures, 
     ("change", "message"),
     [
         (lambda state: state.pop("layers.0.weight"), "no layers.0.weight"),
-        (lambda state: state.update({"layers.0.weight": torch.zeros(2, 2)}), r"layers.0.weight of shape \(2, 2\)"),
+        (lambda state: state.update({"layers.0.weight": torch.zeros(2, 2)}), r"layers.0.weight of shape \(2, 2\), not \(32, 3,"),
+        (lambda state: state.update({"encoder.weight": torch.zeros(2)}), "encoder.weight, which it has not .1 such of"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, backbone, change, message):
@@ -91,3 +92,108 @@ def test_the_cifar_resnet_keeps_the_resolution():
     assert isinstance(model.body.maxpool, nn.Identity) and model.body.conv1.stride == (1, 1)
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 512)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Backbone("test_vit", input_size=32).eval()
+
+
+@pytest.mark.parametrize("pooling", ["own", "cls", "mean"])
+def test_the_feature_is_the_token_asked_for(pictures, vit, pooling):
+    model = Backbone("test_vit", input_size=32, pooling=pooling).eval()
+    model.load_state_dict(vit.state_dict())
+    with torch.no_grad():
+        tokens = model.body.forward_features(model.frozen_part(to_unit(pictures.images)))
+        expected = tokens[:, 1:].mean(1) if pooling == "mean" else tokens[:, 0]
+        torch.testing.assert_close(model(to_unit(pictures.images)), expected)
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("small_cnn", "mean"), ("test_resnet", "cls"), ("test_efficientnet", "cls")])
+def test_a_pooling_the_model_does_not_have_is_refused(name, pooling):
+    with pytest.raises(UsageError, match=f"detector.pooling: got {pooling}"):
+        check_backbone(name, pooling=pooling)
+
+
+def test_weights_of_the_own_size_are_taken_to_another_one(tmp_path, pictures):
+    with torch.random.fork_rng():
+        model = Backbone("test_vit")
+    write_tensors(tmp_path / "w.safetensors", {**model.body.state_dict(), "head.weight": torch.zeros(5, 64)})
+    check_backbone("test_vit", tmp_path / "w.safetensors", input_size=64)
+    loaded = load_backbone("test_vit", tmp_path / "w.safetensors", input_size=64).eval()
+    assert loaded.input_size == 64 and loaded.body.pos_embed.shape == (1, 1 + 16, 64)
+    assert torch.equal(loaded.body.pos_embed[:, 0], model.body.pos_embed[:, 0])  # the class token has no place
+    same = load_backbone("test_vit", tmp_path / "w.safetensors", input_size=160)
+    assert torch.equal(same.body.pos_embed, model.body.pos_embed)
+    with torch.no_grad():
+        assert loaded(to_unit(pictures.images[:1])).shape == (1, 64)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 4, 5, "all"])
+def test_the_two_halves_are_the_whole(pictures, vit, blocks):
+    model = Backbone("test_vit", input_size=32)
+    model.load_state_dict(vit.state_dict())
+    model.freeze(blocks)
+    model.train()
+    assert model.has_frozen_part == (blocks != 0) and model.body.training == (blocks != "all")
+    with torch.no_grad():
+        half = model.frozen_part(to_unit(pictures.images))
+        found = model.trained_part(half)
+        torch.testing.assert_close(found, vit(to_unit(pictures.images)), atol=1e-5, rtol=1e-4)
+    assert half.shape == {0: (12, 3, 32, 32), "all": (12, 64)}.get(blocks, (12, 5, 64))
+    trained = {name.split(".")[2] for name, p in model.named_parameters() if p.requires_grad and name.startswith("body.blocks")}
+    assert trained == {str(block) for block in range(0 if blocks == "all" else blocks, 0 if blocks == "all" else 6)}
+
+
+@pytest.mark.parametrize(("name", "most"), [("small_cnn", 1), ("test_vit", 5), ("resnet18_cifar", 7)])
+def test_no_more_blocks_than_there_are(name, most):
+    check_backbone(name, frozen_blocks=most)
+    check_backbone(name, frozen_blocks="all")
+    with pytest.raises(UsageError, match=f"detector.frozen_blocks: got {most + 1}; expected below {most + 1} for {name}, or all"):
+        check_backbone(name, frozen_blocks=most + 1)
+
+
+def test_frozen_norms_keep_their_statistics(pictures):
+    with torch.random.fork_rng():
+        model = Backbone("resnet18_cifar")
+    model.freeze(2)
+    model.train()
+    before = {name: value.clone() for name, value in model.body.state_dict().items()}
+    model(to_unit(pictures.images[:4]))
+    changed = {name for name, value in model.body.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("layer2", "layer3", "layer4")) for name in changed)
+    assert not model.has_frozen_part  # timm's ResNets are not split
+
+
+def test_checking_a_backbone_reads_no_more_than_the_file(tmp_path):
+    write_tensors(tmp_path / "w.safetensors", {"conv1.weight": torch.zeros(2, 2)})
+    before = torch.get_rng_state()
+    with pytest.raises(UsageError, match="weights .*w.safetensors: got no bn1.bias .*expected every tensor of resnet18_cifar"):
+        check_backbone("resnet18_cifar", tmp_path / "w.safetensors")
+    check_backbone("vit_base_patch16_224", frozen_blocks=6)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_of_the_hub(monkeypatch):
+    import timm
+
+    made = timm.create_model("test_resnet.r160_in1k", num_classes=0)
+    asked = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: asked.append((name, settings)) or made)
+    assert load_backbone("test_resnet.r160_in1k", "hub").body is made
+    assert asked == [("test_resnet.r160_in1k", {"pretrained": True, "num_classes": 0})]
+    with pytest.raises(UsageError, match="weights: got hub; expected a safetensors file for small_cnn"):
+        load_backbone("small_cnn", "hub")
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch):
+    import timm
+
+    def offline(name, **settings):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(RunError, match="weights of test_resnet from the hub: got ConnectionError: no route"):
+        load_backbone("test_resnet", "hub")

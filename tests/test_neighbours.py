@@ -1,13 +1,25 @@
-"""Neighbour search against a loop, and its promises: exact, ties by index, clear errors."""
+"""Neighbour search against a loop, and its promises: exact by every way it can take, ties by index, clear errors."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from sdood_plugin.errors import UsageError
-from sdood_plugin.neighbours import nearest
+from sdood_plugin.neighbours import Bank, bank, candidates, nearest
+
+needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is not installed")
+
+
+@pytest.fixture(params=["bfloat16", "float32", pytest.param("faiss", marks=needs_faiss)], autouse=True)
+def way(request, monkeypatch):
+    """Every test here takes each way once: candidates of bfloat16 and of float32 products, and of faiss."""
+    monkeypatch.setattr(bank, "multiplies_bfloat16", lambda device: request.param == "bfloat16")
+    monkeypatch.setattr(bank, "_MANY", 1 if request.param == "faiss" else 10**9)
+    return request.param
 
 
 def naive(queries, bank, k, exclude_self=False):
@@ -26,11 +38,11 @@ def naive(queries, bank, k, exclude_self=False):
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("k", [1, 3, 19])
-@pytest.mark.parametrize("max_elements", [1, 100, 1 << 25])
-def test_equals_the_loop_for_every_chunk_size(generator, k, exclude_self, max_elements):
+@pytest.mark.parametrize("query_chunk", [1, 3, None])
+def test_equals_the_loop_for_every_chunk_size(generator, k, exclude_self, query_chunk):
     bank = torch.randn(20, 5, generator=generator)
     queries = bank if exclude_self else torch.randn(7, 5, generator=generator)
-    distances, indices = nearest(queries, bank, k, exclude_self=exclude_self, max_elements=max_elements)
+    distances, indices = nearest(queries, bank, k, exclude_self=exclude_self, query_chunk=query_chunk)
     expected, order = naive(queries, bank, k, exclude_self)
     assert torch.equal(indices, order)
     torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=1e-6)
@@ -94,3 +106,121 @@ def test_refuses_values_that_are_not_finite_and_names_the_row(generator, broken,
 def test_refuses_features_of_another_width(generator):
     with pytest.raises(UsageError, match="feature width"):
         nearest(torch.zeros(2, 3), torch.randn(4, 5, generator=generator), 1)
+
+
+@pytest.mark.parametrize(("block", "group"), [(4, 1), (4, 3), (16, 2), (7, 4)])
+@pytest.mark.parametrize("spare", [0, 3, 24])
+def test_block_sizes_and_numbers_of_candidates_change_nothing(generator, monkeypatch, block, group, spare):
+    monkeypatch.setattr(candidates, "BLOCK", block)
+    monkeypatch.setattr(candidates, "GROUP", group)
+    monkeypatch.setattr(bank, "_SPARE", spare)
+    features, queries = torch.randn(101, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    features[50:60] = features[:10]
+    distances, rows = nearest(queries, features, 4)
+    expected, order = naive(queries, features, 4)
+    assert torch.equal(rows, order)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_what_is_searched_together_changes_nothing(generator):
+    features, queries = torch.randn(5000, 24, generator=generator), torch.randn(600, 24, generator=generator)
+    whole, alone = nearest(queries, features, 5), [nearest(part, features, 5) for part in queries.split(70)]
+    assert torch.equal(whole[1], torch.cat([rows for _, rows in alone]))
+    assert torch.equal(nearest(queries, features, 5, query_chunk=33)[1], whole[1])
+    torch.testing.assert_close(whole[0], torch.cat([distances for distances, _ in alone]), rtol=1e-6, atol=0)
+    shuffled = torch.randperm(5000, generator=generator)
+    assert torch.equal(shuffled[nearest(queries, features[shuffled], 5)[1]], whole[1])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_any_scale_and_dtype(generator, scale, dtype):
+    if dtype == torch.float16 and scale != 1.0:
+        pytest.skip("outside the format")
+    features = (scale * torch.randn(300, 8, generator=generator)).to(dtype)
+    queries = (scale * torch.randn(20, 8, generator=generator)).to(dtype)
+    distances, rows = nearest(queries, features, 3)
+    assert torch.equal(rows, naive(queries, features, 3)[1])
+    assert distances.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
+def test_constant_features_are_all_ties(value):
+    features = torch.full((200, 8), value)
+    distances, rows = nearest(features[:5], features, 4)
+    assert torch.equal(rows, torch.arange(4).expand(5, 4)) and (distances == 0).all()
+    _, others = nearest(features, features, 4, exclude_self=True)
+    assert others[2].tolist() == [0, 1, 3, 4] and others[150].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2])
+def test_the_error_of_candidates_is_within_its_bound(generator, way, spread):
+    features = F.normalize(torch.randn(1, 64, generator=generator) + spread * torch.randn(700, 64, generator=generator), dim=1)
+    queries = 1.5 * features[:40].flip(1)
+    if way == "faiss":
+        finder = candidates.FaissFinder(features)
+    else:
+        finder = candidates.ProductFinder(lambda start, stop: features[start:stop], 700, getattr(torch, way))
+    found = finder(queries, 700)
+    assert torch.equal(found.rows.sort(dim=1).values, torch.arange(700).expand(40, 700))
+    true = (queries.double()[:, None] - features[found.rows]).square().sum(dim=2)
+    approximate, error = found.values.double(), found.error.double()[:, None]
+    assert (true <= approximate.clamp(min=0) / (1 - found.relative) + error).all()
+    assert (true >= approximate.clamp(min=0) / (1 + found.relative) - error).all()
+    worst = ((true - approximate).abs() / (error + found.relative * true)).max()
+    assert 0 < worst < 1  # and the bound is one that this comes near, not infinity
+    assert float(error.max()) < (0.05 if way == "bfloat16" else 1e-4)
+
+
+def test_a_query_that_candidates_do_not_settle_is_searched_by_the_definition(generator, monkeypatch):
+    asked = []
+    original = Bank._by_definition
+    monkeypatch.setattr(Bank, "_by_definition", lambda self, q, *rest: asked.append(len(q)) or original(self, q, *rest))
+    features = torch.randn(900, 8, generator=generator)
+    nearest(features[:50], features, 3)
+    assert not asked
+    tight = torch.cat([features, 100 + 1e-7 * features])
+    assert torch.equal(nearest(tight[900:910], tight, 3)[1], naive(tight[900:910], tight, 3)[1])
+    assert sum(asked) == 10
+
+
+def test_products_of_less_precision_are_allowed_for(generator, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")  # what a user may have set
+    exactly = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out.copy_(exactly(a.bfloat16().float(), b.bfloat16().float())))
+    features = F.normalize(torch.randn(200, 64, generator=generator), dim=1)
+    found = candidates.ProductFinder(lambda start, stop: features[start:stop], 200, torch.float32)(features[:20], 200)
+    off = ((features[:20, None] - features[found.rows]).square().sum(dim=2) - found.values).abs().amax(dim=1)
+    assert (off < found.error).all() and (off > candidates.float32_error(features[:20])).any()
+    assert torch.equal(nearest(features[:20], features, 3)[1], naive(features[:20], features, 3)[1])
+
+
+@pytest.mark.parametrize(
+    ("last", "relative", "settled"), [(1.21, 0.0, True), (1.19, 0.0, False), (1.21, 0.05, False), (1.40, 0.05, True)]
+)
+def test_a_query_is_settled_when_no_other_row_can_be_nearer(last, relative, settled):
+    # the best is truly at 1.1 at most, and what looks like 1.2 may truly be at 1.1; 5 % each way make that 1.155 and 1.318
+    values = torch.tensor([[1.0, 1.05, 1.15, last]])
+    found = candidates.Candidates(values, torch.tensor([[4, 9, 2, 7]]), torch.tensor([0.1]), relative)
+    rows, done = Bank(torch.zeros(20, 2))._settled(found, 1)
+    assert done.tolist() == [settled]
+    assert not settled or rows.tolist() == [[4, 9, 2]]
+
+
+def test_backends_answer_alike(generator, way):
+    features, queries = torch.randn(900, 16, generator=generator), torch.randn(30, 16, generator=generator)
+    if way == "faiss":
+        own, theirs = (Bank(features, backend=name).nearest(queries, 5) for name in ("torch", "faiss"))
+        assert torch.equal(own[1], theirs[1]) and torch.equal(own[0], theirs[0])
+
+
+def test_faiss_that_is_absent_is_named(monkeypatch):
+    monkeypatch.setattr(bank, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"faiss-cpu.*sdood_plugin\[faiss\]"):
+        Bank(torch.zeros(2, 3), backend="faiss")
+    assert nearest(torch.ones(1, 3), torch.zeros(2, 3), 1)[0].tolist() == [[3.0]]
+
+
+def test_an_empty_bank_is_refused():
+    with pytest.raises(UsageError, match="bank: got no rows"):
+        Bank(torch.empty(0, 3))

@@ -10,7 +10,7 @@ import torch
 
 from sdood_plugin.config import RunConfig
 from sdood_plugin.errors import RunError, UsageError
-from sdood_plugin.training import make_accelerator, share, train_steps, warmup_cosine
+from sdood_plugin.training import Descent, initialised, make_accelerator, share, train_steps, warmup_cosine
 
 from .resuming import Killed
 
@@ -119,11 +119,12 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path, accelerator):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("fraction", [0.05, 0.0, 0.3])
 @pytest.mark.parametrize("steps", [1, 7, 100])
-def test_learning_rate_warms_up_then_falls_like_a_cosine(steps):
+def test_learning_rate_warms_up_then_falls_like_a_cosine(steps, fraction):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = warmup_cosine(optimizer, steps)
-    warm = max(1, steps // 20)
+    schedule = warmup_cosine(optimizer, steps, fraction)
+    warm = max(1, int(steps * fraction))
     for step in range(steps):
         expected = (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * expected)
@@ -146,3 +147,24 @@ def test_accelerators():
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="device: got cuda"):
             make_accelerator(RunConfig(device="cuda"))
+
+
+def test_random_weights_come_from_the_seed_and_leave_the_global_generator():
+    before = torch.get_rng_state()
+    first, again, other = (initialised(lambda: torch.nn.Linear(3, 2), seed).weight for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_descent_is_backward_clip_step_and_schedule(accelerator, clip):
+    module = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.ones_(module.weight)
+    descent = Descent(module, torch.optim.SGD(module.parameters(), lr=1.0), 4, accelerator, gradient_clip=clip)
+    weight = torch.ones(2)
+    for rate in (1.0, 1.0):  # the warm-up's one step, and the cosine's first
+        descent(3 * descent.wrapped(torch.tensor([[0.6, 0.8]])).sum())
+        gradient = 3 * torch.tensor([0.6, 0.8])
+        weight = weight - rate * (gradient if clip is None else gradient * clip / 3)
+    torch.testing.assert_close(module.weight[0].detach(), weight, atol=1e-5, rtol=1e-4)
+    assert set(descent.state) == {"module", "optimizer", "schedule"}

@@ -1,6 +1,16 @@
-"""Outlier exposure (Hendrycks et al., ICLR 2019) with uniform noise: what outliers bring when they cost nothing."""
+"""Other ways to train on outliers, with pytorch-ood's losses on g_in: the same batches as the detector's, another loss.
+
+- Outlier exposure (Hendrycks et al., ICLR 2019), scored by the largest softmax probability; also with uniform noise for
+  outliers: what outliers bring when they cost nothing.
+- Energy-bounded learning (Liu et al., NeurIPS 2020), scored by the energy. The paper fine-tunes a trained classifier;
+  here every network starts where the detector starts.
+- A background class (the one of Dhamija et al., NeurIPS 2018): ID and outliers as one mixture of C + 1 classes, scored by
+  the probability of the last.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -32,3 +42,35 @@ def outlier_exposure_loss(heads: Heads, labels: torch.Tensor, is_outlier: torch.
     alpha = 0.5 * inside / outliers if outliers else 0.0
     loss = OutlierExposureLoss(alpha=alpha)(heads.inside.float(), torch.where(is_outlier, -1, labels))
     return {"loss": loss * count / inside}
+
+
+def energy_bounded_loss(heads: Heads, labels: torch.Tensor, is_outlier: torch.Tensor) -> dict[str, torch.Tensor]:
+    """pytorch-ood's EnergyRegularizedLoss on g_in's logits, with the paper's weight and margins; arguments as above."""
+    from pytorch_ood.loss import EnergyRegularizedLoss
+
+    return {"loss": EnergyRegularizedLoss()(heads.inside.float(), torch.where(is_outlier, -1, labels))}
+
+
+def background_loss(heads: Heads, labels: torch.Tensor, is_outlier: torch.Tensor) -> dict[str, torch.Tensor]:
+    """pytorch-ood's BackgroundClassLoss: g_in's logits are the C classes', g_bin's for outliers the background's."""
+    from pytorch_ood.loss import BackgroundClassLoss
+
+    logits = torch.cat([heads.inside, heads.binary[:, 1:]], dim=1).float()
+    return {"loss": BackgroundClassLoss(heads.inside.shape[1])(logits, torch.where(is_outlier, -1, labels))}
+
+
+def exposed_scores(method: str, heads: Heads) -> torch.Tensor:
+    """float (B,), larger = more OOD: what the paper behind one of `EXPOSED` scores by."""
+    inside = heads.inside.float()
+    if method == "energy-oe":
+        return -inside.logsumexp(dim=1)
+    if method == "background":
+        return torch.cat([inside, heads.binary[:, 1:].float()], dim=1).softmax(dim=1)[:, -1]
+    return -inside.softmax(dim=1).max(dim=1).values
+
+
+EXPOSED: dict[str, Callable[[Heads, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]] = {
+    "oe": outlier_exposure_loss,
+    "energy-oe": energy_bounded_loss,
+    "background": background_loss,
+}

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.nn import functional as F
 
 from ..config import ClusteringConfig
 from ..data.images import ImageSet
 from ..errors import RunError
-from ..features import Backbone, extract, load_backbone
-from ..randomness import derive_seed
+from ..features import Backbone, load_backbone
+from ..training import place
+from .finetune import predict, scan_through_backbone, self_label_through_backbone
 from .labels import PseudoLabels, check_labels, given_labels
-from .scan import scan_clusters
+from .mixtures import gaussian_mixture, k_means
+from .processes import extract_all, mine_neighbours
+from .scan import feature_scale, scan_head
+from .self_label import self_label_head
 from .simclr import train_simclr
 
 MIN_IMAGES_PER_CLUSTER = 10
+
+
+class Clustering(NamedTuple):
+    """What came of it.
+
+    `labels`; the `backbone` whose features were clustered, as it is in the end (None for given labels); loss `curves` by
+    name; `notes`, a line on each cluster that was in trouble.
+    """
+
+    labels: PseudoLabels
+    backbone: Backbone | None
+    curves: dict[str, dict[str, list[float]]]
+    notes: list[str]
 
 
 def cluster_images(
@@ -30,17 +48,43 @@ def cluster_images(
     folder: Path,
     key: str,
     checkpoint_seconds: float,
-) -> tuple[PseudoLabels, Backbone | None, dict[str, Any]]:
-    """Pseudo-label a set of images.
-
-    Returns:
-        The labels, the backbone whose features were clustered (None for given labels), and loss curves by name.
+) -> Clustering:
+    """Pseudo-label a set of images; its own labels are looked at for the method `given` only.
 
     Raises:
-        RunError: Too few images, or a cluster without images.
+        RunError: Too few images, images that do not differ, or a cluster without images.
     """
     if config.method == "given":
-        return given_labels(images, config.labels), None, {}
+        return Clustering(given_labels(images, config.labels), None, {}, [])
+    _check_count(images, config)
+    training = {
+        "accelerator": accelerator,
+        "seed": seed,
+        "folder": folder,
+        "key": key,
+        "checkpoint_seconds": checkpoint_seconds,
+    }
+    curves: dict[str, dict[str, list[float]]] = {}
+    if config.weights is not None:
+        backbone = place(load_backbone(config.backbone, config.weights), accelerator.device)
+    else:
+        backbone, curves["simclr"] = train_simclr(images.images, config, **training)  # type: ignore[arg-type]
+    features = extract_all(backbone, images.images, accelerator)
+    mean, std = feature_scale(features)
+    notes: list[str] = []
+    if config.method == "scan":
+        points = F.normalize((F.normalize(features, dim=1) - mean) / std, dim=1)
+        neighbours = mine_neighbours(points, config.neighbours, accelerator)
+        probabilities, made, notes = _scan(backbone, images.images, features, neighbours, config, training)
+        curves |= made
+        confidence, labels = (values.cpu() for values in probabilities.max(dim=1))
+    else:
+        labels, confidence = (k_means if config.method == "kmeans" else gaussian_mixture)(features, config.clusters, seed)
+    check_labels(labels, f"the {config.method} clustering", config.clusters)
+    return Clustering(PseudoLabels(labels, confidence, config.clusters), backbone, curves, notes)
+
+
+def _check_count(images: ImageSet, config: ClusteringConfig) -> None:
     if len(images) < MIN_IMAGES_PER_CLUSTER * config.clusters:
         raise RunError(
             "training images",
@@ -52,34 +96,26 @@ def cluster_images(
         raise RunError(
             "clustering.neighbours", config.neighbours, f"fewer than the {len(images)} images", "lower it or give more images"
         )
-    curves: dict[str, Any] = {}
-    if config.weights is not None:
-        backbone = load_backbone(config.backbone, config.weights).to(accelerator.device)
-    else:
-        backbone, curves["simclr"] = train_simclr(
-            images.images,
-            config,
-            accelerator=accelerator,
-            seed=seed,
-            folder=folder,
-            key=key,
-            checkpoint_seconds=checkpoint_seconds,
-        )
-    features = extract(backbone, images.images, device=accelerator.device)
-    if config.method == "scan":
-        probabilities, curves["scan"] = scan_clusters(features, config, seed)
-        confidence, labels = (values.cpu() for values in probabilities.max(dim=1))
-    else:
-        labels, confidence = _kmeans(features, config.clusters, seed)
-    check_labels(labels, f"the {config.method} clustering", config.clusters)
-    return PseudoLabels(labels, confidence, config.clusters), backbone, curves
 
 
-def _kmeans(features: torch.Tensor, clusters: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels int64 (N,) and a confidence (N,): how much nearer the own centre is than the next, 0 to 1."""
-    from sklearn.cluster import KMeans
-
-    points = F.normalize(features, dim=1).cpu().numpy()
-    model = KMeans(clusters, n_init=10, random_state=derive_seed(seed, "kmeans") % 2**32).fit(points)
-    distances = torch.from_numpy(model.transform(points)).sort(dim=1).values
-    return torch.from_numpy(model.labels_).long(), (1 - distances[:, 0] / distances[:, 1].clamp_min(1e-12)).float()
+def _scan(
+    backbone: Backbone,
+    images: torch.Tensor,
+    features: torch.Tensor,
+    neighbours: torch.Tensor,
+    config: ClusteringConfig,
+    training: dict[str, Any],
+) -> tuple[torch.Tensor, dict[str, dict[str, list[float]]], list[str]]:
+    """Probabilities (N, C), curves and notes of the two speeds: a head on frozen features, or on through the backbone."""
+    accelerator, curves, notes = training["accelerator"], {}, list[str]()
+    head, curves["scan"] = scan_head(features, neighbours, config, training["seed"])
+    if config.finetune_epochs == 0:
+        if config.self_label_epochs > 0:
+            curves["self-label"], notes = self_label_head(head, features, config, training["seed"])
+        with torch.no_grad():
+            return head(features).softmax(dim=1), curves, notes
+    net = nn.Sequential(backbone.requires_grad_(True), head)
+    curves["scan-backbone"] = scan_through_backbone(net, images, neighbours, config, **training)
+    if config.self_label_epochs > 0:
+        curves["self-label"], notes = self_label_through_backbone(net, images, config, **training)
+    return predict(net, images, accelerator), curves, notes

@@ -3,11 +3,65 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..config import ClusteringConfig
-from ..neighbours import nearest
+from ..errors import RunError
 from ..randomness import step_generator
+
+
+class ClusterHead(nn.Module):
+    """Features to cluster logits, float (B, D) -> (B, C): unit length, then standardised, then linear.
+
+    Args:
+        mean, std: float (D,) of the unit-length features the head was made for.
+        weight: float (D, C).
+        bias: float (C,).
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: torch.Tensor, std: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def standardised(self, features: torch.Tensor) -> torch.Tensor:
+        """What is linear about clusters: float (B, D) features of unit length, then of mean 0 and deviation 1."""
+        return (F.normalize(features.float(), dim=1) - self.mean) / self.std
+
+    def classify(self, points: torch.Tensor) -> torch.Tensor:
+        """Logits of standardised features."""
+        return points @ self.weight + self.bias
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits of features, in float32 whatever the features are."""
+        return self.classify(self.standardised(features))
+
+
+def feature_scale(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation, float (D,), of float (N, D) features made unit length.
+
+    Raises:
+        RunError: Features that are not finite, or one and the same for every image.
+    """
+    if not torch.isfinite(features).all():
+        row = int((~torch.isfinite(features)).any(dim=1).nonzero()[0, 0])
+        raise RunError(f"features of image {row}", "NaN or infinity", "finite numbers", "check that image and the weights")
+    points = F.normalize(features, dim=1)
+    std = points.std(dim=0)
+    if float(std.max()) < 1e-6:
+        raise RunError(
+            "features of the images",
+            f"the same for all {len(features)} images",
+            "images that differ",
+            "check the images; equal ones cannot be clustered",
+        )
+    return points.mean(dim=0), std.clamp_min(1e-6)
 
 
 def scan_loss(anchor: torch.Tensor, neighbour: torch.Tensor, entropy_weight: float) -> torch.Tensor:
@@ -29,22 +83,26 @@ def scan_loss(anchor: torch.Tensor, neighbour: torch.Tensor, entropy_weight: flo
     return -agreement - entropy_weight * entropy
 
 
-def scan_clusters(features: torch.Tensor, config: ClusteringConfig, seed: int) -> tuple[torch.Tensor, dict[str, list[float]]]:
-    """Cluster features with linear SCAN heads; the head of lowest loss over the last epoch is kept.
+def scan_head(
+    features: torch.Tensor, neighbours: torch.Tensor, config: ClusteringConfig, seed: int
+) -> tuple[ClusterHead, dict[str, list[float]]]:
+    """Train linear SCAN heads on frozen features and keep the one of lowest loss over the last epoch.
 
     Args:
         features: float (N, D), of the pretext.
-        config: C, K, heads, epochs, learning rate, entropy weight.
+        neighbours: int64 (N, K), of each image.
+        config: C, heads, epochs, learning rate, entropy weight.
         seed: Seed of this stage.
 
     Returns:
-        float (N, C) probabilities of the kept head, and each epoch's losses (the mean over heads and the lowest).
+        The head, on the features' device, and each epoch's losses (the mean over heads and the lowest).
+
+    Raises:
+        RunError: Features that cannot be clustered.
     """
-    features = F.normalize(features, dim=1)
-    features = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
-    count, width = features.shape
-    device = features.device
-    _, neighbours = nearest(F.normalize(features, dim=1), F.normalize(features, dim=1), config.neighbours, exclude_self=True)
+    mean, std = feature_scale(features)
+    points = (F.normalize(features, dim=1) - mean) / std
+    (count, width), device = points.shape, points.device
     start = torch.randn(
         config.heads, width, config.clusters, generator=step_generator(seed, "scan-init", 0, device), device=device
     )
@@ -60,7 +118,7 @@ def scan_clusters(features: torch.Tensor, config: ClusteringConfig, seed: int) -
         total = torch.zeros(config.heads, device=device)
         batches = [rows for rows in order.split(batch_size) if len(rows) == batch_size]
         for rows in batches:
-            pair = torch.cat([features[rows], features[neighbours[rows, picks[rows]]]])
+            pair = torch.cat([points[rows], points[neighbours[rows, picks[rows]]]])
             logits = torch.einsum("bd,rdc->rbc", pair, weight) + bias
             anchor, neighbour = logits.chunk(2, dim=1)
             losses = scan_loss(anchor, neighbour, config.entropy_weight)
@@ -72,5 +130,4 @@ def scan_clusters(features: torch.Tensor, config: ClusteringConfig, seed: int) -
         history["loss"].append(float(total.mean()))
         history["lowest"].append(float(total.min()))
     best = int(total.argmin())
-    with torch.no_grad():
-        return (features @ weight[best] + bias[best]).softmax(-1), history
+    return ClusterHead(mean, std, weight[best], bias[best, 0]), history

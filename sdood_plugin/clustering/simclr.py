@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from ..config import ClusteringConfig
 from ..data.augment import contrastive_view
-from ..data.images import to_unit
 from ..features import Backbone
 from ..randomness import derive_seed, step_generator
-from ..training import place, share, train_steps, warmup_cosine
+from ..training import Descent, initialised, place, share, train_steps
+from .pool import ImagePool, compiled
+from .processes import whole_batch
 
 PROJECTION = 64
 
@@ -44,7 +45,7 @@ def train_simclr(
     key: str,
     checkpoint_seconds: float,
 ) -> tuple[Backbone, dict[str, list[float]]]:
-    """Train a backbone on unlabelled images.
+    """Train a backbone on unlabelled images; every image of the batch is a negative, whatever process it is on.
 
     Args:
         images: uint8 (N, 3, H, W).
@@ -58,43 +59,39 @@ def train_simclr(
     Returns:
         The backbone on the accelerator's device, without the projection head, and the loss a step.
     """
-    device = accelerator.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "simclr-init"))
-        backbone = Backbone(config.backbone)
-        head = nn.Sequential(
-            nn.Linear(backbone.feature_size, backbone.feature_size), nn.ReLU(), nn.Linear(backbone.feature_size, PROJECTION)
-        )
-    model = place(nn.Sequential(backbone, head), device)
+    device, processes = accelerator.device, accelerator.num_processes
+    model = place(initialised(lambda: _with_projection(config.backbone), derive_seed(seed, "simclr-init")), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.pretext_lr, weight_decay=1e-4)
-    schedule = warmup_cosine(optimizer, config.pretext_steps)
-    wrapped = accelerator.prepare(model)
-    pool = images.to(device)
-    batch_size = min(config.pretext_batch_size, len(images))
+    descend = Descent(model, optimizer, config.pretext_steps, accelerator)
+    network = compiled(descend.wrapped, device)
+    pool = ImagePool(images, device)
+    batch_size = min(config.pretext_batch_size, len(images)) // processes * processes
 
     def step(index: int) -> dict[str, torch.Tensor]:
         generator = step_generator(seed, "simclr", index, device)
-        chosen = share(torch.randperm(len(pool), generator=generator, device=device)[:batch_size], accelerator)
-        batch = to_unit(pool[chosen])
+        batch = pool[share(torch.randperm(len(pool), generator=generator, device=device)[:batch_size], accelerator)]
         views = torch.cat([contrastive_view(batch, generator, config.augmentation) for _ in range(2)])
         with accelerator.autocast():
-            projected = wrapped(views.contiguous(memory_format=torch.channels_last))
-        first, second = projected.chunk(2)
+            projected = network(views.contiguous(memory_format=torch.channels_last))
+        first, second = (whole_batch(part, accelerator) for part in projected.chunk(2))
         loss = nt_xent(first, second, config.temperature)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        optimizer.step()
-        schedule.step()
+        descend(loss * processes)
         return {"loss": loss}
 
     history = train_steps(
         step,
         config.pretext_steps,
-        {"model": model, "optimizer": optimizer, "schedule": schedule},
+        descend.state,
         accelerator=accelerator,
         checkpoint=folder / "checkpoint.pt",
         key=key,
         checkpoint_seconds=checkpoint_seconds,
         name="SimCLR",
     )
-    return backbone, history
+    return model[0], history  # type: ignore[return-value]
+
+
+def _with_projection(name: str) -> nn.Sequential:
+    backbone = Backbone(name)
+    width = backbone.feature_size
+    return nn.Sequential(backbone, nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION)))

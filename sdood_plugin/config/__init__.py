@@ -10,8 +10,10 @@ from .detector import DetectorConfig, ScoringConfig
 from .diffusion import DiffusionConfig
 from .outliers import Mode, OutliersConfig
 from .run import RunConfig, as_dict
+from .selection import KINDS, InspectionConfig, Kind, SelectionConfig
 
 __all__ = [
+    "KINDS",
     "ClusteringConfig",
     "Comparator",
     "CompareConfig",
@@ -20,10 +22,13 @@ __all__ = [
     "DiffusionConfig",
     "Group",
     "ImagesConfig",
+    "InspectionConfig",
+    "Kind",
     "Mode",
     "OODConfig",
     "OutliersConfig",
     "RunConfig",
     "ScoringConfig",
+    "SelectionConfig",
     "as_dict",
 ]

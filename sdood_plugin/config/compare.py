@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-Comparator = Literal["distance", "msp", "energy", "knn", "mahalanobis", "vim", "oe-noise"]
+from .check import require, require_positive
+
+Comparator = Literal[
+    "distance",
+    "msp",
+    "energy",
+    "knn",
+    "mahalanobis",
+    "vim",
+    "oe-noise",
+    "dn2",
+    "mscl",
+    "multi-class",
+    "fake-it",
+    "oe",
+    "energy-oe",
+    "background",
+]
 
 
 @dataclass(frozen=True)
@@ -14,9 +32,37 @@ class CompareConfig:
 
     Args:
         methods: On a network trained by cross-entropy alone: `distance` (our distance term), `msp`, `energy`, `knn`,
-            `mahalanobis`, `vim`; and `oe-noise`, outlier exposure with uniform noise.
+            `mahalanobis`, `vim`; `oe-noise`, outlier exposure with uniform noise; and from pre-trained weights (the
+            detector's, else the clustering's): `dn2` (frozen), `mscl`, `multi-class` (Multi-class AD) and `fake-it`.
+            Not among the defaults, trained on the run's own outliers and controls: `oe` (outlier exposure), `energy-oe`
+            (energy-bounded learning) and `background` (outliers as one more class).
+        mscl_lr: MSCL's learning rate; the paper's is for ImageNet weights.
+        mscl_angular: Weight of MSCL's angular centre loss: 0 as its code has it, 1 as its paper has it.
+        fake_it_steps: When the training of Fake-it's diffusion model is stopped; null is half of diffusion.steps.
     """
 
     methods: list[Comparator] = field(
-        default_factory=lambda: ["distance", "msp", "energy", "knn", "mahalanobis", "vim", "oe-noise"]
+        default_factory=lambda: [
+            "distance",
+            "msp",
+            "energy",
+            "knn",
+            "mahalanobis",
+            "vim",
+            "oe-noise",
+            "dn2",
+            "mscl",
+            "multi-class",
+            "fake-it",
+        ]
     )
+    mscl_lr: float = 1e-5
+    mscl_angular: float = 1.0
+    fake_it_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("compare", self, "mscl_lr")
+        require(0 <= self.mscl_angular < math.inf, "compare.mscl_angular", self.mscl_angular, "0 or more")
+        require(
+            self.fake_it_steps is None or self.fake_it_steps > 0, "compare.fake_it_steps", self.fake_it_steps, "above 0, or null"
+        )

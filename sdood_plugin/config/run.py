@@ -12,7 +12,8 @@ from .compare import CompareConfig
 from .data import DataConfig
 from .detector import DetectorConfig, ScoringConfig
 from .diffusion import DiffusionConfig
-from .outliers import OutliersConfig
+from .outliers import OutliersConfig, bounds
+from .selection import InspectionConfig, SelectionConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class RunConfig:
         clustering: Pseudo-labels.
         diffusion: The diffusion model.
         outliers: The outlier set.
+        selection: Which of its outliers the detector is trained on.
+        inspection: What its quality is measured with.
         detector: The detector.
         scoring: The score.
         compare: The comparators.
@@ -43,6 +46,8 @@ class RunConfig:
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     outliers: OutliersConfig = field(default_factory=OutliersConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    inspection: InspectionConfig = field(default_factory=InspectionConfig)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
@@ -50,15 +55,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "0 (every step) or more")
-        size, factor = self.data.image_size, 2 ** (len(self.diffusion.channels) - 1)
+        size, factor = self.data.image_size, 2 ** (len(self.diffusion.shape.channels) - 1)
         require(
             size is None or size % factor == 0,
             "data.image_size",
             size,
-            f"a multiple of {factor}, for the {len(self.diffusion.channels)} resolutions of diffusion.channels",
+            f"a multiple of {factor}, for diffusion.size {self.diffusion.size}",
         )
         require(
-            self.outliers.start_fraction <= self.diffusion.max_start_fraction,
+            bounds(self.outliers.start_fraction)[1] <= self.diffusion.max_start_fraction,
             "outliers.start_fraction",
             self.outliers.start_fraction,
             f"at most diffusion.max_start_fraction = {self.diffusion.max_start_fraction}",

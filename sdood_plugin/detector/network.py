@@ -40,15 +40,22 @@ class ThreeHeadNet(nn.Module):
         self.g_in = nn.Linear(backbone.feature_size, classes)
         self.g_out = nn.Linear(backbone.feature_size, classes)
 
-    def forward(self, images: torch.Tensor) -> Heads:
-        """Features and the logits of all heads."""
-        features = self.backbone(images)
+    def forward(self, inputs: torch.Tensor, half_way: bool = False) -> Heads:
+        """Features and the logits of all heads, of images or, `half_way`, of what `Backbone.frozen_part` made of them."""
+        features = self.backbone.trained_part(inputs) if half_way else self.backbone(inputs)
         return Heads(features, self.g_bin(features), self.g_in(features), self.g_out(features))
 
 
 def save_network(path: Path, network: ThreeHeadNet) -> None:
     """Write weights and what is needed to build the network again as one safetensors file."""
-    info = {"backbone": network.backbone.name, "classes": str(network.classes), "image_size": str(network.image_size)}
+    backbone = network.backbone
+    info = {
+        "backbone": backbone.name,
+        "pooling": backbone.pooling,
+        "input_size": str(backbone.input_size or ""),
+        "classes": str(network.classes),
+        "image_size": str(network.image_size),
+    }
     write_tensors(path, network.state_dict(), info)
 
 
@@ -63,11 +70,13 @@ def load_network(path: Path) -> ThreeHeadNet:
     tensors = read_tensors(path)
     with safe_open(path, "pt") as file:
         info = file.metadata() or {}
-    if not {"backbone", "classes", "image_size"} <= info.keys():
+    if not {"backbone", "pooling", "input_size", "classes", "image_size"} <= info.keys():
         raise RunError(
             f"file {path}", f"metadata {sorted(info)}", "a network written by `sdood train-detector`", "give detector.safetensors"
         )
-    network = ThreeHeadNet(Backbone(info["backbone"]), int(info["classes"]), int(info["image_size"]))
+    input_size = int(info["input_size"]) if info["input_size"] else None
+    backbone = Backbone(info["backbone"], pooling=info["pooling"], input_size=input_size)
+    network = ThreeHeadNet(backbone, int(info["classes"]), int(info["image_size"]))
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,24 +15,15 @@ from torch.nn import functional as F
 from ..config import DetectorConfig
 from ..data.augment import training_view
 from ..data.images import to_unit
-from ..features import load_backbone
+from ..features import Backbone, load_backbone
 from ..randomness import derive_seed, step_generator
-from ..training import place, share, train_steps, warmup_cosine
-from .loss import three_head_loss
+from ..training import Descent, Stateful, initialised, place, train_steps
+from .batches import Batches, Labelled, Part, frozen_outputs, make_parts
+from .loss import full_precision, three_head_loss
 from .network import Heads, ThreeHeadNet
 
+log = logging.getLogger(__name__)
 Loss = Callable[[Heads, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]  # (heads, labels, is_outlier) -> losses
-
-
-class Labelled(NamedTuple):
-    """Images and their pseudo-labels."""
-
-    images: torch.Tensor  # uint8 (N, 3, H, W)
-    labels: torch.Tensor  # int64 (N,)
-
-    def to(self, device: torch.device) -> Labelled:
-        """The same on a device."""
-        return Labelled(self.images.to(device), self.labels.to(device))
 
 
 def train_detector(
@@ -68,71 +61,99 @@ def train_detector(
         The network in evaluation mode on the accelerator's device, and each step's losses.
     """
     device = accelerator.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "detector-init"))
-        network = ThreeHeadNet(load_backbone(config.backbone, config.weights), classes, inside.images.shape[-1])
-    network = place(network, device)
+    build = partial(_build, config, classes, inside.images.shape[-1])
+    network = place(initialised(build, derive_seed(seed, "detector-init")), device)
     batch_size = min(config.batch_size, len(inside.images))
-    per_epoch = len(inside.images) // batch_size
-    parts = [(inside.to(device), batch_size, False)]
-    for extra, ratio, flag in ((controls, config.control_ratio, False), (outliers, config.outlier_ratio, True)):
-        if extra is not None and len(extra.images) and round(ratio * batch_size):
-            parts.append((extra.to(device), round(ratio * batch_size), flag))
-    has_outliers = parts[-1][2]
-    steps = config.epochs * per_epoch
-    if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            network.parameters(), lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = warmup_cosine(optimizer, steps)
-    wrapped = accelerator.prepare(network)
-
-    def losses(heads: Heads, labels: torch.Tensor, flags: torch.Tensor) -> dict[str, torch.Tensor]:
-        if loss is not None:
-            return loss(heads, labels, flags)
-        if has_outliers:
-            return three_head_loss(heads, labels, flags, config.lambda_out)
-        return {"loss": F.cross_entropy(heads.inside.float(), labels)}
+    steps = config.epochs * (len(inside.images) // batch_size)
+    parts = make_parts(inside, controls, outliers, batch_size, (config.control_ratio, config.outlier_ratio))
+    cached = _cached(network.backbone, parts, config, accelerator)
+    pools = cached or [part._replace(inputs=part.inputs.to(device)) for part in parts]
+    batches = Batches([part._replace(labels=part.labels.to(device)) for part in pools], seed, accelerator)
+    loss = loss or (_three_heads(config) if batches.has_outliers else _cross_entropy(config))
+    average = _average(network, config)
+    descent = Descent(network, make_optimizer(network, config), steps, accelerator, warmup_fraction=config.warmup_fraction)
+    wrapped = torch.compile(descent.wrapped) if config.compile and device.type == "cuda" else descent.wrapped
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        generator = step_generator(seed, "detector", index, device)
-        images, labels, flags = [], [], []
-        for number, (part, count, flag) in enumerate(parts):
-            chosen = share(_rows(len(part.images), count, index, seed, number, device), accelerator)
-            images.append(part.images[chosen])
-            labels.append(part.labels[chosen])
-            flags.append(torch.full((len(chosen),), flag, device=device))
-        views = training_view(to_unit(torch.cat(images)), generator, config.augmentation)
+        inputs, labels, flags = batches.draw(index)
+        if not cached:
+            generator = step_generator(seed, "detector", index, device)
+            inputs = training_view(inputs, generator, config.augmentation)
+            inputs = to_unit(inputs).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            heads = wrapped(views.contiguous(memory_format=torch.channels_last))
-        values = losses(heads, torch.cat(labels), torch.cat(flags))
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(values["loss"])
-        optimizer.step()
-        schedule.step()
+            heads = wrapped(inputs.float(), half_way=bool(cached))
+        values = loss(heads, labels, flags)
+        descent(values["loss"])
+        if average is not None:
+            average.update(network, step=index + 1)
         return values
 
+    state: dict[str, Stateful] = {**descent.state, **({} if average is None else {"average": average})}
     history = train_steps(
         step,
         steps,
-        {"network": network, "optimizer": optimizer, "schedule": schedule},
+        state,
         accelerator=accelerator,
         checkpoint=folder / "checkpoint.pt",
         key=key,
         checkpoint_seconds=checkpoint_seconds,
         name=name,
     )
-    return network.eval(), history
+    trained: ThreeHeadNet = network if average is None else average.module
+    return trained.eval(), history
 
 
-def _rows(total: int, count: int, step: int, seed: int, part: int, device: torch.device) -> torch.Tensor:
-    """int64 (count,) rows of a set for one step: shuffled passes over it, computable for any step without the ones before."""
-    positions = torch.arange(step * count, (step + 1) * count, device=device)
-    rows = torch.empty_like(positions)
-    for epoch in range(int(positions[0]) // total, int(positions[-1]) // total + 1):
-        order = torch.randperm(total, generator=step_generator(seed, f"order-{part}", epoch, device), device=device)
-        within = positions // total == epoch
-        rows[within] = order[positions[within] % total]
-    return rows
+def _build(config: DetectorConfig, classes: int, image_size: int) -> ThreeHeadNet:
+    backbone = load_backbone(config.backbone, config.weights, pooling=config.pooling, input_size=config.input_size)
+    backbone.freeze(config.frozen_blocks)
+    return ThreeHeadNet(backbone, classes, image_size)
+
+
+def _cached(backbone: Backbone, parts: list[Part], config: DetectorConfig, accelerator: Accelerator) -> list[Part] | None:
+    """The frozen blocks' outputs, where every step would compute the same again and there is room."""
+    if config.augmentation != "none" or not backbone.has_frozen_part:
+        return None
+    cached = frozen_outputs(backbone, parts, accelerator, limit_gib=config.cache_gib)
+    log.info("frozen blocks: %s", "computed once" if cached else "computed in every step: more than detector.cache_gib")
+    return cached
+
+
+def _three_heads(config: DetectorConfig) -> Loss:
+    return lambda heads, labels, flags: three_head_loss(heads, labels, flags, config.lambda_out, config.label_smoothing)
+
+
+def _cross_entropy(config: DetectorConfig) -> Loss:
+    def loss(heads: Heads, labels: torch.Tensor, flags: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": F.cross_entropy(full_precision(heads.inside), labels, label_smoothing=config.label_smoothing)}
+
+    return loss
+
+
+def _average(network: ThreeHeadNet, config: DetectorConfig) -> Any:
+    """timm's running average of all weights and statistics, whose memory is short in the first steps; None without one."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+
+
+def make_optimizer(network: ThreeHeadNet, config: DetectorConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over what is not frozen, blocks further from the heads with a smaller rate (BEiT, Bao et al. 2022).
+
+    Every parameter decays, as in OpenOOD's trainer.
+    """
+    body, lr, decay = network.backbone.body, config.lr, config.layer_decay
+    layers = network.backbone.layers() if decay < 1 else {}
+    groups: dict[int, list[torch.nn.Parameter]] = {}
+    for name, parameter in body.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(layers.get(name, 0), []).append(parameter)
+    last = max(layers.values(), default=0)
+    settings: list[dict[str, Any]] = [
+        {"params": parameters, "lr": lr * decay ** (last - layer)} for layer, parameters in sorted(groups.items())
+    ]
+    heads = [parameter for head in (network.g_bin, network.g_in, network.g_out) for parameter in head.parameters()]
+    settings.append({"params": heads, "lr": lr})
+    fused = heads[0].device.type == "cuda"
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(settings, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(settings, weight_decay=config.weight_decay, fused=fused)

@@ -34,37 +34,38 @@ def wrong_classes(labels: torch.Tensor, classes: int, *, seed: int, index: torch
 
 
 def guidance_terms(
-    mode: str, weight: float, labels: torch.Tensor, wrong: torch.Tensor, classes: int
+    mode: str, weight: float | torch.Tensor, labels: torch.Tensor, wrong: torch.Tensor, classes: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The conditions whose predictions are mixed, and their weights, which sum to 1.
 
     other: (1 + w) eps(c_r) - w eps(null), the paper's; away: (1 + w) eps(null) - w eps(y); blend: (1 + w) times the
-    mean of eps of two classes - w eps(null); same: eps(y), the control. Terms of weight 0 are left out.
+    mean of eps of two classes - w eps(null); same: eps(y), the control. Terms of weight 0 for all images are left out.
 
     Args:
         mode: One of the four names.
-        weight: w >= -1; diffusers' guidance_scale is 1 + w. At w = -1 `other` and `blend` are unconditional, `away` at 0.
+        weight: w >= -1, one for all images or float (B,), one each; diffusers' guidance_scale is 1 + w. At w = -1 `other`
+            and `blend` are unconditional, `away` is at w = 0.
         labels: int64 (B,) own classes y.
         wrong: int64 (B, 2) of `wrong_classes`.
         classes: C, which is also the index of the null class.
 
     Returns:
-        Conditions int64 (B, M) and weights float32 (M,), M from 1 to 3.
+        Conditions int64 (B, M) and weights float32, (M,) for one w and (B, M) for one w each; M from 1 to 3.
 
     Raises:
         UsageError: Unknown mode, or w < -1.
     """
-    if weight < -1:
-        raise UsageError("guidance weight w", weight, "w >= -1", "raise it")
+    w = torch.as_tensor(weight, dtype=torch.float32, device=labels.device)
+    if not bool((w >= -1).all()):
+        raise UsageError("guidance weight w", float(w.min()), "w >= -1", "raise it")
     null = torch.full_like(labels, classes)
     modes = {
-        "other": [(1 + weight, wrong[:, 0]), (-weight, null)],
-        "away": [(1 + weight, null), (-weight, labels)],
-        "blend": [((1 + weight) / 2, wrong[:, 0]), ((1 + weight) / 2, wrong[:, 1]), (-weight, null)],
-        "same": [(1.0, labels)],
+        "other": [(1 + w, wrong[:, 0]), (-w, null)],
+        "away": [(1 + w, null), (-w, labels)],
+        "blend": [((1 + w) / 2, wrong[:, 0]), ((1 + w) / 2, wrong[:, 1]), (-w, null)],
+        "same": [(torch.ones_like(w), labels)],
     }
     if mode not in modes:
         raise UsageError("guidance mode", mode, f"one of {', '.join(modes)}", "check the name")
-    terms = [(value, condition) for value, condition in modes[mode] if value != 0]
-    conditions = torch.stack([condition for _, condition in terms], dim=1)
-    return conditions, torch.tensor([value for value, _ in terms], dtype=torch.float32, device=labels.device)
+    terms = [(value, condition) for value, condition in modes[mode] if bool(value.any())]
+    return torch.stack([condition for _, condition in terms], dim=1), torch.stack([value for value, _ in terms], dim=-1)

@@ -35,11 +35,16 @@ def mix_predictions(
         x: float (B, 3, H, W), noisy images.
         t: int64 (B,).
         conditions: int64 (B, M).
-        weights: float (M,).
+        weights: float (M,), or (B, M) where each image has its own.
     """
     count = conditions.shape[1]
     stacked = denoiser(x.repeat(count, 1, 1, 1), t.repeat(count), conditions.T.reshape(-1))
-    return torch.einsum("m,mbchw->bchw", weights, stacked.float().reshape(count, *x.shape))
+    return torch.einsum("bm,mbchw->bchw", weights.expand(conditions.shape), stacked.float().reshape(count, *x.shape))
+
+
+def is_guided(t: int, timesteps: int, interval: tuple[float, float]) -> bool:
+    """Whether step t (0 .. T - 1, which stands for the noise level (t + 1) / T) lies in the closed interval of fractions of T."""
+    return interval[0] <= (t + 1) / timesteps <= interval[1]
 
 
 @torch.inference_mode()
@@ -47,16 +52,21 @@ def guided_partial_sample(
     denoiser: Denoiser,
     images: torch.Tensor,  # float (B, 3, H, W) in [-1, 1]
     conditions: torch.Tensor,  # int64 (B, M), see guidance_terms
-    weights: torch.Tensor,  # float (M,)
+    weights: torch.Tensor,  # float (M,) or (B, M)
     noise: Noise,  # draw 1 noises the image, draws 2, 3, ... are the steps' own (ddpm only)
     config: DiffusionConfig,
     *,
     start_fraction: float,  # S / T
     sampler: str = "dpm",  # ddpm | ddim | dpm
     steps: int = 10,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),  # noise levels, fractions of T, at which the terms hold
+    outside: tuple[torch.Tensor, torch.Tensor] | None = None,  # conditions and weights elsewhere: guidance_terms at w = 0
     callback: Callable[[int, torch.Tensor], None] | None = None,  # called with (t, x) before each step
 ) -> torch.Tensor:
     """x_S = sqrt(abar_S) x + sqrt(1 - abar_S) eps, then guided denoising from S to 0 (METHOD section 3).
+
+    Outside of `guidance_interval` the `outside` terms are mixed instead, which at w = 0 are one forward less (Kynkaanniemi
+    et al. 2024); they are needed as soon as a visited step lies there.
 
     Returns:
         float32 (B, 3, H, W), not clipped.
@@ -68,7 +78,10 @@ def guided_partial_sample(
     for number, t in enumerate(scheduler.timesteps):
         if callback is not None:
             callback(int(t), x)
-        predicted = mix_predictions(denoiser, x, t.expand(len(x)), conditions, weights)
+        terms = (conditions, weights) if is_guided(int(t), config.timesteps, guidance_interval) else outside
+        if terms is None:
+            raise ValueError(f"step {int(t)} is outside of guidance_interval {guidance_interval} and `outside` is not given")
+        predicted = mix_predictions(denoiser, x, t.expand(len(x)), *terms)
         own = noise(2 + number) if sampler == "ddpm" else None
         x = scheduler.step(predicted, t, x, variance_noise=own, return_dict=False)[0]
     return x

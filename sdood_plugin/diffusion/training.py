@@ -14,7 +14,7 @@ from ..config import DiffusionConfig
 from ..data.augment import flip
 from ..data.images import to_unit
 from ..randomness import derive_seed, step_generator
-from ..training import place, share, train_steps, unet_format, warmup_cosine
+from ..training import Descent, initialised, place, share, train_steps, unet_format
 from .unet import alphas_bar, build_unet
 
 
@@ -30,6 +30,25 @@ def regression_target(clean: torch.Tensor, noise: torch.Tensor, abar: torch.Tens
         return noise
     abar = abar.to(clean).reshape(-1, 1, 1, 1)
     return abar.sqrt() * noise - (1 - abar).sqrt() * clean
+
+
+def min_snr_weight(abar: torch.Tensor, prediction: str, gamma: float) -> torch.Tensor:
+    """Weights (B,) of the prediction's squared error that weigh the clean image's by min(SNR, gamma) (Hang et al. 2023).
+
+    With SNR = abar / (1 - abar) the squared error of the clean image is that of eps / SNR, and that of v / (SNR + 1).
+    """
+    snr = abar / (1 - abar)
+    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
+
+
+def denoising_loss(
+    predicted: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, abar: torch.Tensor, config: DiffusionConfig
+) -> torch.Tensor:
+    """The mean over images of the weighted squared error; float (B, 3, H, W) three times and abar (B,), a scalar out."""
+    error = (predicted.float() - regression_target(clean, noise, abar, config.prediction)).square().mean(dim=(1, 2, 3))
+    if config.min_snr_gamma is not None:
+        error = error * min_snr_weight(abar, config.prediction, config.min_snr_gamma)
+    return error.mean()
 
 
 def drop_condition(labels: torch.Tensor, classes: int, probability: float, generator: torch.Generator) -> torch.Tensor:
@@ -67,14 +86,11 @@ def train_diffusion(
         The U-Net with its averaged weights, on the accelerator's device, and each step's loss; `timestep` is the mean t.
     """
     device = accelerator.device
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "unet-init"))
-        unet = build_unet(config, classes=classes, image_size=images.shape[-1])
+    unet = initialised(lambda: build_unet(config, classes=classes, image_size=images.shape[-1]), derive_seed(seed, "unet-init"))
     unet = place(unet, device, unet_format(device))
     average = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=1e-4)
-    schedule = warmup_cosine(optimizer, config.steps)
-    wrapped = accelerator.prepare(unet)
+    descent = Descent(unet, optimizer, config.steps, accelerator, gradient_clip=config.gradient_clip)
     pool, pool_labels = images.to(device), labels.to(device)
     abar = alphas_bar(config).float().to(device)
     highest = max(1, round(config.max_start_fraction * config.timesteps))
@@ -92,20 +108,16 @@ def train_diffusion(
         clean, noise, t, condition = clean[mine], noise[mine], t[mine], condition[mine]
         noisy = add_noise(clean, noise, abar[t]).contiguous(memory_format=unet_format(device))
         with accelerator.autocast():
-            predicted = wrapped(noisy, t, class_labels=condition, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), regression_target(clean, noise, abar[t], config.prediction))
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(unet.parameters(), config.gradient_clip)
-        optimizer.step()
-        schedule.step()
+            predicted = descent.wrapped(noisy, t, class_labels=condition, return_dict=False)[0]
+        loss = denoising_loss(predicted, clean, noise, abar[t], config)
+        descent(loss)
         average.step(unet.parameters())
         return {"loss": loss}
 
     history = train_steps(
         step,
         config.steps,
-        {"unet": unet, "average": average, "optimizer": optimizer, "schedule": schedule},
+        {**descent.state, "average": average},
         accelerator=accelerator,
         checkpoint=folder / "checkpoint.pt",
         key=key,
@@ -149,7 +161,8 @@ def loss_by_noise_level(
         noise = torch.randn(clean.shape, generator=generator)
         with torch.inference_mode():
             noisy = add_noise(clean, noise, abar[t])
-            predicted = unet(noisy.to(device), t, class_labels=labels[chosen].to(device), return_dict=False)[0].float().cpu()
+            step = torch.full((len(chosen),), t, device=device)
+            predicted = unet(noisy.to(device), step, class_labels=labels[chosen].to(device), return_dict=False)[0].float().cpu()
         target = regression_target(clean, noise, abar[t], config.prediction)
         rows.append({"timestep": t, "noise": float((1 - abar[t]).sqrt()), "loss": float(F.mse_loss(predicted, target))})
     return rows

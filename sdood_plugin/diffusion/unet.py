@@ -22,28 +22,31 @@ def build_unet(config: DiffusionConfig, *, classes: int, image_size: int) -> UNe
     Raises:
         UsageError: The image side cannot be halved as often as there are resolutions.
     """
-    halvings = len(config.channels) - 1
+    shape = config.shape
+    halvings = len(shape.channels) - 1
     if image_size % 2**halvings:
         raise UsageError(
-            "diffusion.channels",
-            f"{len(config.channels)} resolutions for {image_size} px",
+            "diffusion.size",
+            f"{config.size}, {halvings + 1} resolutions, for {image_size} px",
             f"a side divisible by {2**halvings}",
-            "use fewer channels or another data.image_size",
+            "use another diffusion.size or data.image_size",
         )
-    plain = [False] * halvings + [config.attention]
-    return UNet2DModel(
+    attends = [level == shape.attention for level in range(halvings + 1)]
+    unet: UNet2DModel = UNet2DModel(
         sample_size=image_size,
         in_channels=3,
         out_channels=3,
-        layers_per_block=config.layers_per_block,
-        block_out_channels=tuple(config.channels),
-        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in plain),
-        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(plain)),
-        add_attention=config.attention,
-        attention_head_dim=None if not config.attention else math.gcd(config.channels[-1], 32),
-        norm_num_groups=math.gcd(math.gcd(*config.channels) // 4, 32),  # groups of one channel would wipe out class and step
+        layers_per_block=shape.layers_per_block,
+        block_out_channels=shape.channels,
+        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+        attention_head_dim=math.gcd(shape.channels[-1], 32),
+        norm_num_groups=math.gcd(math.gcd(*shape.channels) // 4, 32),  # groups of one channel would wipe out class and step
         num_class_embeds=classes + 1,
     )
+    if config.compile:
+        unet.compile(dynamic=False)  # in place, so the weights keep their names; a batch shape each has its own kernels
+    return unet
 
 
 def load_unet(path: Path, config: DiffusionConfig, *, classes: int, image_size: int) -> UNet2DModel:

@@ -1,90 +1,101 @@
-"""What an outlier set is like: did the class flip, did the background stay, is it a copy of a training image."""
+"""The quality report of an outlier set on disk, and the images its grids show."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from ..data.images import to_unit
-from ..neighbours import nearest
+from ..config import InspectionConfig, SelectionConfig
+from ..data.images import ImageSet, spread
+from ..errors import RunError
 from .dataset import OutlierSet
+from .fidelity import Features, distances
+from .quality import grouped, set_quality
+from .select import read_verdicts
 
-Judge = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # uint8 images -> features (B, D), probabilities (B, C)
-CONFIDENT = 0.9
-NEAR_DUPLICATE = 0.02  # root mean square difference in [-1, 1] units: two and a half grey levels
+GRID_ROWS, GRID_COLUMNS = 12, 12
 
 
-def set_quality(made: OutlierSet, train: torch.Tensor, judge: Judge) -> dict[str, Any]:
-    """Figures of an outlier or control set, in per cent where they are rates.
+def check_sources(made: OutlierSet, train: ImageSet) -> None:
+    """Make sure that a set's sources are these images.
 
-    Args:
-        made: The set.
-        train: uint8 (N, 3, H, W), the training images the set was made from, in order.
-        judge: A classifier trained on real in-distribution images only.
-
-    Returns:
-        `stay_rate`: the judge still says the source's class; `flip_rate`: it is confident (above 0.9) of another class;
-        `ambiguous_rate`: neither; the same judge's `source_accuracy` against the pseudo-labels; `distance_to_source`
-        (root mean square, [-1, 1] units); `near_duplicate_rate`: nearest training image closer than 2.5 grey levels;
-        `border_correlation`: correlation of low-pass filtered border pixels between outlier and source, the nuisance that
-        should stay, beside `border_correlation_random` against another image; `fd_reference`: Frechet distance between the
-        judge's features of outliers and of training images (not FID: another extractor).
+    Raises:
+        RunError: A source index or its name in the manifest is not that of the images.
     """
-    sources = train[made.sources]
-    features, probabilities = judge(made.images)
-    confidence, said = probabilities.cpu().max(dim=1)
-    stayed = said == made.labels
-    flipped = ~stayed & (confidence > CONFIDENT)
-    real_features, real_probabilities = judge(train)
-    difference = (to_unit(made.images) - to_unit(sources)).square().mean(dim=(1, 2, 3)).sqrt()
-    nearest_pixels, _ = nearest(_small(made.images), _small(train), 1)
-    duplicate = (nearest_pixels[:, 0] / _small(train).shape[1]).sqrt() < NEAR_DUPLICATE
-    other = made.sources.roll(len(made) // 2)  # by one would meet another copy of the same source
+    for row in made.manifest:
+        index = int(row["source_index"])
+        if index >= len(train) or train.names[index] != row["source"]:
+            raise RunError(
+                f"training images for {made.folder}",
+                f"{train.names[index]!r} at position {index}" if index < len(train) else f"{len(train)} images",
+                f"{row['source']!r} at position {index}, as in the manifest",
+                "give the images the set was made from, with the run's own --config",
+            )
+
+
+def report_set(
+    made: OutlierSet, train: ImageSet, features: Features, selection: SelectionConfig, inspection: InspectionConfig
+) -> dict[str, Any]:
+    """All figures of a set: `quality.set_quality` and `fidelity.distances` to the training images.
+
+    Raises:
+        RunError: The set was made of other images, or without a reference classifier.
+    """
+    check_sources(made, train)
+    settings = {name: _column(made, name) for name in ("target", "start_fraction", "guidance_weight")}
+    verdicts = read_verdicts(made.manifest, made.folder)
     return {
-        "count": len(made),
-        "stay_rate": _percent(stayed),
-        "flip_rate": _percent(flipped),
-        "ambiguous_rate": _percent(~stayed & ~flipped),
-        "source_accuracy": _percent(real_probabilities.cpu().argmax(dim=1)[made.sources] == made.labels),
-        "distance_to_source": float(difference.mean()),
-        "near_duplicate_rate": _percent(duplicate),
-        "border_correlation": _border_correlation(made.images, sources),
-        "border_correlation_random": _border_correlation(made.images, train[other]),
-        "fd_reference": frechet_distance(features, real_features),
-        "judged": {"confidence": [round(value, 4) for value in confidence.tolist()], "class": said.tolist()},
+        **set_quality(made.images, made.sources, train.images, verdicts, settings, selection),
+        "fidelity": distances(features.of(made.images), features.of(train.images), features.name, inspection),
     }
 
 
-def _percent(flags: torch.Tensor) -> float:
-    return 100.0 * float(flags.float().mean())
+def _column(made: OutlierSet, name: str) -> list[str]:
+    return [row[name] for row in made.manifest]
 
 
-def _small(images: torch.Tensor) -> torch.Tensor:
-    """float (N, D) pixels in [-1, 1], averaged down to 16 px at most."""
-    values = to_unit(images)
-    return (F.adaptive_avg_pool2d(values, 16) if images.shape[-1] > 16 else values).flatten(1)
+def grids(made: OutlierSet) -> dict[str, dict[str, Any]]:
+    """Which outliers to show beside each other: by class pair, by S and by w.
+
+    Returns:
+        For each of `class-pair`, `start_fraction` and `guidance_weight` the names of its `rows` and `columns` and
+        `index`, for each row the set's positions, -1 where there is no such outlier. A class pair is (source's label,
+        class guidance pointed to), or the class seen by the reference classifier where guidance points to none.
+    """
+    targets, seen = _column(made, "target"), [row.get("predicted_after", "") for row in made.manifest]
+    aimed = all(targets)
+    pairs = list(zip(_column(made, "source_label"), targets if aimed else seen, strict=True))
+    found = {"class-pair": _table(pairs, "towards " if aimed else "seen as ")}
+    for name in ("start_fraction", "guidance_weight"):
+        found[name] = _strips(
+            grouped([float(value) for value in _column(made, name)]), "S = " if name == "start_fraction" else "w = "
+        )
+    return found
 
 
-def _border_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean over images of the correlation of their smoothed outer ring (an eighth of the side on each edge)."""
-    side, ring = first.shape[-1], max(1, first.shape[-1] // 8)
-    mask = torch.ones(side, side, dtype=torch.bool)
-    mask[ring:-ring, ring:-ring] = False
-    rings = []
-    for images in (first, second):
-        smooth = F.avg_pool2d(to_unit(images), 3, stride=1, padding=1, count_include_pad=False)
-        values = smooth[:, :, mask].flatten(1)
-        rings.append(F.normalize(values - values.mean(dim=1, keepdim=True), dim=1))
-    return float((rings[0] * rings[1]).sum(dim=1).mean())
+def _table(pairs: Sequence[tuple[str, str]], prefix: str) -> dict[str, Any]:
+    """The first outlier of every class pair."""
+    first: dict[tuple[str, str], int] = {}
+    for position, pair in enumerate(pairs):
+        first.setdefault(pair, position)
+    rows, columns = (sorted({pair[i] for pair in first}, key=lambda name: (len(name), name))[:GRID_ROWS] for i in (0, 1))
+    return {
+        "rows": [f"of {row}" for row in rows],
+        "columns": [f"{prefix}{column}" for column in columns] if any(columns) else ["any"],
+        "index": [[first.get((row, column), -1) for column in columns] for row in rows],
+    }
 
 
-def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of float (N, D) and (M, D) features, in float64."""
-    a, b = first.double().cpu(), second.double().cpu()
-    covariance_a, covariance_b = torch.cov(a.T), torch.cov(b.T)
-    eigenvalues = torch.linalg.eigvals(covariance_a @ covariance_b)
-    root = eigenvalues.real.clamp_min(0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * root)
+def _strips(names: Sequence[str], prefix: str) -> dict[str, Any]:
+    """A row for every group, its outliers spread over the set."""
+    rows = sorted(set(names), key=lambda name: float(name.split(" ")[0]))
+    members = [torch.tensor([i for i, name in enumerate(names) if name == row]) for row in rows]
+    chosen = [part[spread(len(part), min(GRID_COLUMNS, len(part)))].tolist() for part in members]
+    width = max(map(len, chosen))
+    return {
+        "rows": [f"{prefix}{row}" for row in rows],
+        "columns": [""] * width,
+        "index": [part + [-1] * (width - len(part)) for part in chosen],
+    }

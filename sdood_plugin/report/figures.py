@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -10,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..artifacts import atomic_path, read_csv, read_json, read_tensors
+from .clustering import LOSSES, cluster_grid, label_figure
 
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130})
 ID_COLOUR, OOD_COLOURS, OUTLIER_COLOUR = "#2b6cb0", ("#c53030", "#dd6b20", "#805ad5", "#b83280", "#744210"), "#d69e2e"
@@ -18,9 +21,11 @@ TSNE_POINTS = 400  # of each kind
 
 def draw_all(folder: Path) -> dict[str, Path]:
     """Draw every figure whose data the run folder holds; name -> file below figures/."""
-    drawers = {
+    drawers: dict[str, Callable[[Path], Figure | None]] = {
         "triplets": triplets,
+        **{f"grid-{name}": partial(grid, name=name) for name in ("class-pair", "start_fraction", "guidance_weight")},
         "labels": label_figure,
+        "clusters": cluster_grid,
         "scores": score_histogram,
         "tsne": tsne,
         "losses": losses,
@@ -59,6 +64,27 @@ def triplets(folder: Path) -> Figure | None:
             if column == 0:
                 axes.set_ylabel(name, fontsize=9)
     figure.subplots_adjust(hspace=0.3, wspace=0.05)
+    return figure
+
+
+def grid(folder: Path, name: str) -> Figure | None:
+    """One of the grids that the inspection chose: outliers under the names of their columns, rows named at the left."""
+    path = folder / "inspection" / "grids.json"
+    if not path.exists():
+        return None
+    names = read_json(path)[name]
+    images = read_tensors(path.with_suffix(".safetensors"))[name].permute(0, 1, 3, 4, 2).numpy()
+    lines, count = images.shape[:2]
+    figure = Figure(figsize=(0.75 * count + 1, 0.8 * lines + 0.3))
+    for line, axes in enumerate(np.atleast_2d(figure.subplots(lines, count, squeeze=False))):
+        for column, cell in enumerate(axes):
+            cell.imshow(images[line, column], interpolation="nearest")
+            cell.set(xticks=[], yticks=[])
+            cell.spines[:].set_visible(False)
+            if line == 0:
+                cell.set_title(names["columns"][column], fontsize=7)
+        axes[0].set_ylabel(names["rows"][line], fontsize=7)
+    figure.subplots_adjust(hspace=0.06, wspace=0.06)
     return figure
 
 
@@ -146,28 +172,10 @@ def read_json_config(folder: Path) -> list[dict[str, str]]:
     return yaml.safe_load((folder / "config.yaml").read_text())["data"]["ood"]
 
 
-def label_figure(folder: Path) -> Figure | None:
-    """Cluster sizes and the confidence of the pseudo-labels."""
-    path = folder / "labels.csv"
-    if not path.exists():
-        return None
-    rows = read_csv(path)
-    labels, confidence = np.array([int(row["label"]) for row in rows]), np.array([float(row["confidence"]) for row in rows])
-    figure = Figure(figsize=(6.5, 2.2))
-    left, right = figure.subplots(1, 2)
-    left.bar(np.arange(labels.max() + 1), np.bincount(labels), color=ID_COLOUR)
-    left.set(xlabel="pseudo-label", ylabel="images")
-    right.hist(confidence, bins=40, range=(0, 1), color=ID_COLOUR)
-    right.set(xlabel="confidence", ylabel="images")
-    figure.tight_layout()
-    return figure
-
-
 def losses(folder: Path) -> Figure | None:
     """Training losses, smoothed over a fiftieth of the steps."""
     sources = {
-        "SimCLR": "clustering/simclr.csv",
-        "SCAN heads": "clustering/scan.csv",
+        **LOSSES,
         "diffusion": "diffusion/loss.csv",
         "reference": "reference/loss.csv",
         "detector": "detector/loss.csv",

@@ -13,12 +13,22 @@ TITLES = {
         "Outliers: source, same-class control, outlier",
         "One column an image; below each, the class the reference network sees in it.",
     ),
+    "grid-class-pair": (
+        "Outliers by class pair",
+        "Row: the source's pseudo-label; column: the class guidance pointed to, or what is seen.",
+    ),
+    "grid-start_fraction": ("Outliers by S", "How far their sources were noised, as a fraction of T."),
+    "grid-guidance_weight": ("Outliers by w", "How strongly they were guided."),
     "scores": (
         "Scores",
         "Every test image (held-out images where there are no test sets); dashed: the threshold, chosen on held-out images.",
     ),
     "tsne": ("Feature space", "t-SNE of the detector's features."),
     "labels": ("Pseudo-labels", "Cluster sizes and confidence."),
+    "clusters": (
+        "Images of each cluster",
+        "The most and the least confident ones; with many clusters those of the first twenty.",
+    ),
     "losses": ("Training", "Losses, smoothed."),
     "noise-levels": ("Diffusion loss by noise level", "On held-out images; levels above S_max are never trained."),
 }
@@ -32,8 +42,6 @@ def write_report(folder: Path, truth: dict[str, Any] | None = None) -> Path:
         truth: What only the report may know (label quality against true labels, notes on the input); kept in
             report.json, so that the report can be drawn again from files alone.
     """
-    import jinja2
-
     from .figures import draw_all
 
     if truth is not None:
@@ -52,18 +60,14 @@ def write_report(folder: Path, truth: dict[str, Any] | None = None) -> Path:
         for method in dict.fromkeys(row["method"] for row in rows)
     ]
     score = _optional(folder / "detector" / "score.json", {})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("page.html.j2").render(
+    page = _template("page.html.j2").render(
         name=folder.resolve().name,
         run=read_json(folder / "run.json"),
         tests=tests,
         table=table,
         calibration=score.get("calibration"),
-        figures=[
-            (base64.b64encode(figures[name].read_bytes()).decode(), *words) for name, words in TITLES.items() if name in figures
-        ],
+        cluster_notes=_optional(folder / "clustering" / "summary.json", {}).get("notes", []),
+        figures=_embedded(figures),
         quality=_optional(folder / "inspection" / "quality.json", {}),
         truth=_optional(folder / "report.json", {"label_quality": None, "notes": []}),
         times={
@@ -74,6 +78,31 @@ def write_report(folder: Path, truth: dict[str, Any] | None = None) -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def write_quality_page(folder: Path) -> Path:
+    """Draw the grids and write report.html of a folder that holds nothing but an inspection."""
+    from .figures import draw_all
+
+    page = _template("inspection.html.j2").render(
+        name=folder.resolve().name,
+        figures=_embedded(draw_all(folder)),
+        quality=_optional(folder / "inspection" / "quality.json", {}),
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _template(name: str) -> Any:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(name)
+
+
+def _embedded(figures: dict[str, Path]) -> list[tuple[str, str, str]]:
+    """Figures as base64 with title and note, in the order of TITLES."""
+    return [(base64.b64encode(figures[name].read_bytes()).decode(), *words) for name, words in TITLES.items() if name in figures]
 
 
 def _optional(path: Path, default: Any) -> Any:

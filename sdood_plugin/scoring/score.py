@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from ..config import ScoringConfig
 from ..errors import RunError, UsageError
 from ..metrics import auroc_standard_error, detection_metrics
-from ..neighbours import nearest
+from ..neighbours import Bank
+from .reduction import reduce_banks
+from .threshold import Threshold, choose_threshold, p_values
 
 
 def distance_and_votes(
-    features: torch.Tensor, inside: torch.Tensor, outliers: torch.Tensor | None, k_distance: int, k_vote: int
+    features: torch.Tensor, inside: Bank, outliers: Bank | None, k_distance: int, k_vote: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the score, from one search of each bank.
+    """The two terms of the score, from one pass over the joint bank: each image meets each row once.
+
+    The nearest of both banks together are among the nearest of each, so the vote needs no search of its own.
 
     Args:
         features: float (B, D) of the images to score.
-        inside: float (N, D), the bank of in-distribution training features.
-        outliers: float (M, D), the bank of outlier features; None or empty gives no votes.
+        inside: N in-distribution training features.
+        outliers: M outlier features; None gives no votes.
         k_distance: Neighbours whose squared distances are summed.
         k_vote: Neighbours in both banks together that vote.
 
@@ -33,17 +37,16 @@ def distance_and_votes(
     Raises:
         UsageError: A k is larger than its bank.
     """
-    if outliers is None or not len(outliers):
-        distances, _ = nearest(features, inside, k_distance)
-        return distances.sum(dim=1), torch.zeros(len(features), device=features.device)
-    if k_vote > len(inside) + len(outliers):
-        raise UsageError(
-            "k_vote", k_vote, f"at most {len(inside) + len(outliers)}, the size of both banks", "lower scoring.k_vote"
-        )
+    both_sizes = len(inside) + (0 if outliers is None else len(outliers))
     if k_distance > len(inside):
         raise UsageError("k_distance", k_distance, f"at most {len(inside)}, the in-distribution bank", "lower scoring.k_distance")
-    near_inside, _ = nearest(features, inside, min(len(inside), max(k_distance, k_vote)))
-    near_outliers, _ = nearest(features, outliers, min(len(outliers), k_vote))
+    if outliers is None:
+        distances, _ = inside.nearest(features, k_distance)
+        return distances.sum(dim=1), features.new_zeros(len(features))
+    if k_vote > both_sizes:
+        raise UsageError("k_vote", k_vote, f"at most {both_sizes}, the size of both banks", "lower scoring.k_vote")
+    near_inside, _ = inside.nearest(features, min(len(inside), max(k_distance, k_vote)))
+    near_outliers, _ = outliers.nearest(features, min(len(outliers), k_vote))
     both = torch.cat([near_inside[:, :k_vote], near_outliers], dim=1)
     first = both.sort(dim=1, stable=True).indices[:, :k_vote]
     votes = (first >= min(k_vote, near_inside.shape[1])).sum(dim=1)
@@ -60,6 +63,7 @@ class Calibration:
         curve: AUROC of held-out outliers against held-out ID for each candidate alpha, as [alpha, per cent] pairs.
         threshold: Score above which an image is called OOD.
         false_alarm_rate: Share of held-out ID images above it, as asked for.
+        false_alarm_interval: 95 % interval of the share of new ID images above it.
         heldout: Numbers of held-out ID images and outliers.
     """
 
@@ -68,6 +72,7 @@ class Calibration:
     curve: list[list[float]]
     threshold: float
     false_alarm_rate: float
+    false_alarm_interval: list[float]
     heldout: list[int]
 
 
@@ -80,33 +85,51 @@ class Score:
         outliers: float (M, D), outlier bank, may be empty.
         config: The settings.
         calibration: What held-out data decided.
+        heldout: float (P,), scores of the held-out ID images, ascending, on the CPU.
     """
 
     inside: torch.Tensor
     outliers: torch.Tensor
     config: ScoringConfig
     calibration: Calibration
+    heldout: torch.Tensor
+
+    @cached_property
+    def _banks(self) -> tuple[Bank, Bank | None]:
+        return _banks(self.inside, self.outliers, self.config)
 
     def terms(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(distance / its held-out median, votes) of float (B, D) features, each float (B,)."""
-        distance, votes = _terms(features, self.inside, self.outliers, self.config)
+        distance, votes = _terms(features, self._banks, self.config)
         return distance / self.calibration.distance_scale, votes
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """The score, float (B,), of float (B, D) features; larger = more OOD."""
-        distance, votes = self.terms(features)
+        return self.combined(*self.terms(features))
+
+    def combined(self, distance: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
+        """The score, float (B,), of its terms."""
         return distance + self.calibration.alpha * votes
+
+    def threshold(self, false_alarm_rate: float) -> Threshold:
+        """The threshold at another rate than the one calibrated for."""
+        return choose_threshold(self.heldout, false_alarm_rate)
+
+    def p_values(self, scores: torch.Tensor) -> torch.Tensor:
+        """Conformal p-values, float64 (B,), of scores float (B,)."""
+        return p_values(scores, self.heldout)
 
 
 def _prepare(features: torch.Tensor, normalise: bool) -> torch.Tensor:
     return F.normalize(features.float(), dim=1) if normalise else features.float()
 
 
-def _terms(
-    features: torch.Tensor, inside: torch.Tensor, outliers: torch.Tensor, config: ScoringConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    prepared = _prepare(features, config.normalise)
-    return distance_and_votes(prepared, inside, outliers, config.k_distance, config.k_vote)
+def _banks(inside: torch.Tensor, outliers: torch.Tensor, config: ScoringConfig) -> tuple[Bank, Bank | None]:
+    return Bank(inside, backend=config.backend), Bank(outliers, backend=config.backend) if len(outliers) else None
+
+
+def _terms(features: torch.Tensor, banks: tuple[Bank, Bank | None], config: ScoringConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    return distance_and_votes(_prepare(features, config.normalise), *banks, config.k_distance, config.k_vote)
 
 
 def fit_score(
@@ -128,9 +151,18 @@ def fit_score(
         heldout_inside: float (P, D), images no training has seen, P > 0.
         heldout_outliers: float (Q, D), outliers made of those; Q may be 0, then alpha is 0 unless it is set.
         config: The settings.
+
+    Raises:
+        UsageError: Features that are not finite, or a k larger than its bank.
+        RunError: The held-out images are all in the bank.
     """
-    inside, outliers = _prepare(inside, config.normalise), _prepare(outliers, config.normalise)
-    distance, votes = _terms(heldout_inside, inside, outliers, config)
+    names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier")
+    for name, features in zip(names, (inside, outliers, heldout_inside, heldout_outliers), strict=True):
+        _require_finite(features, name)
+    prepared = _prepare(inside, config.normalise), _prepare(outliers, config.normalise)
+    inside, outliers = (_prepare(bank, config.normalise) for bank in reduce_banks(prepared, config.bank_size))
+    banks = _banks(inside, outliers, config)
+    distance, votes = _terms(heldout_inside, banks, config)
     scale = float(distance.median())
     if scale <= 0:
         raise RunError(
@@ -139,22 +171,43 @@ def fit_score(
             "a positive number",
             "remove duplicate images or train a backbone that tells images apart",
         )
-    distance = distance / scale
-    curve: list[list[float]] = []
-    alpha = config.alpha if config.alpha is not None else 0.0
+    near, far = (distance / scale, votes), None
     if len(heldout_outliers) and len(outliers):
-        far_distance, far_votes = _terms(heldout_outliers, inside, outliers, config)
-        far_distance = far_distance / scale
-        candidates = config.alphas if config.alpha is None else [config.alpha]
-        for candidate in sorted(candidates):
-            auroc = detection_metrics((distance + candidate * votes).cpu(), (far_distance + candidate * far_votes).cpu())["auroc"]
-            curve.append([candidate, auroc])
-        best = max(auroc for _, auroc in curve)
-        allowed = best - auroc_standard_error(best, len(distance), len(far_distance))
-        alpha = next(candidate for candidate, auroc in curve if auroc >= allowed)
-    scores = (distance + alpha * votes).cpu().double().numpy()
-    threshold = float(np.quantile(scores, 1 - config.false_alarm_rate, method="higher"))
+        far_distance, far_votes = _terms(heldout_outliers, banks, config)
+        far = far_distance / scale, far_votes
+    alpha, curve = _choose_alpha(near, far, config)
+    scores = (near[0] + alpha * near[1]).sort().values.cpu()
+    threshold = choose_threshold(scores, config.false_alarm_rate)
     calibration = Calibration(
-        scale, alpha, curve, threshold, config.false_alarm_rate, [len(heldout_inside), len(heldout_outliers)]
+        scale,
+        alpha,
+        curve,
+        threshold.value,
+        config.false_alarm_rate,
+        [threshold.low, threshold.high],
+        [len(heldout_inside), len(heldout_outliers)],
     )
-    return Score(inside, outliers, config, calibration)
+    return Score(inside, outliers, config, calibration, scores)
+
+
+def _require_finite(features: torch.Tensor, name: str) -> None:
+    broken = (~torch.isfinite(features).all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        expected = "finite numbers"
+        raise UsageError(f"{name} features", f"NaN or infinity in row {broken[0]}", expected, "check that image and the backbone")
+
+
+Terms = tuple[torch.Tensor, torch.Tensor]  # scaled distance and votes, float (B,) each
+
+
+def _choose_alpha(near: Terms, far: Terms | None, config: ScoringConfig) -> tuple[float, list[list[float]]]:
+    """alpha, and the AUROC at every candidate; without held-out outliers alpha is 0 unless it is set."""
+    if far is None:
+        return config.alpha or 0.0, []
+    curve: list[list[float]] = []
+    for candidate in sorted(config.alphas) if config.alpha is None else [config.alpha]:
+        inside, outside = ((distance + candidate * votes).cpu() for distance, votes in (near, far))
+        curve.append([candidate, detection_metrics(inside, outside)["auroc"]])
+    best = max(auroc for _, auroc in curve)
+    allowed = best - auroc_standard_error(best, len(near[0]), len(far[0]))
+    return next(candidate for candidate, auroc in curve if auroc >= allowed), curve

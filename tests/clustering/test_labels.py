@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from sdood_plugin.clustering.cluster import cluster_images
-from sdood_plugin.clustering.labels import check_labels, given_labels, read_labels, write_labels
-from sdood_plugin.config import ClusteringConfig
+from sdood_plugin.clustering.labels import (
+    PseudoLabels,
+    check_labels,
+    example_rows,
+    given_labels,
+    read_labels,
+    write_imglist,
+    write_labels,
+)
 from sdood_plugin.data.images import ImageSet
 from sdood_plugin.errors import RunError, UsageError
 
@@ -79,44 +86,62 @@ def test_a_cluster_without_images_is_an_error():
         check_labels(torch.tensor([0, 1, 3]), "x", 4)
 
 
-def test_too_few_images_for_the_clusters(tmp_path, accelerator, pictures):
-    with pytest.raises(RunError, match="12 for 2 clusters.*at least 20"):
-        cluster_images(
-            pictures,
-            ClusteringConfig(clusters=2),
-            accelerator=accelerator,
-            seed=0,
-            folder=tmp_path,
-            key="",
-            checkpoint_seconds=1e9,
-        )
+def test_an_imglist_and_an_npy_are_labels_too(tmp_path, pictures):
+    write_imglist(tmp_path / "l.txt", pictures, pictures.labels)
+    assert (tmp_path / "l.txt").read_text().splitlines()[:2] == ["0.png 0", "1.png 1"]
+    np.save(tmp_path / "l.npy", pictures.labels.numpy().astype(np.uint8))
+    for name in ("l.txt", "l.npy"):
+        found = read_labels(tmp_path / name, pictures)
+        assert torch.equal(found.labels, pictures.labels) and found.classes == 3 and (found.confidence == 1).all()
 
 
-@pytest.mark.parametrize("method", ["scan", "kmeans"])
-def test_clusters_of_plainly_different_images(tmp_path, accelerator, method):
-    true = torch.arange(40) % 2
-    random = torch.Generator().manual_seed(0)
-    noise = torch.randint(40, (40, 3, 8, 8), generator=random)
-    checks = 200 * (torch.arange(8)[:, None] // 2 % 2 ^ torch.arange(8) // 2 % 2)
-    images = (torch.where(true.bool()[:, None, None, None], checks, 100) + noise).clamp(0, 255).to(torch.uint8)
-    config = ClusteringConfig(
-        method=method, clusters=2, pretext_steps=3, pretext_batch_size=16, neighbours=5, heads=3, head_epochs=20, head_lr=0.02
-    )
-    made = [
-        cluster_images(
-            ImageSet(images, [str(i) for i in range(40)]),
-            config,
-            accelerator=accelerator,
-            seed=0,
-            folder=tmp_path / str(i),
-            key="",
-            checkpoint_seconds=1e9,
-        )
-        for i in range(2)
-    ]
-    labels, backbone, curves = made[0]
-    assert float((labels.labels == true).float().mean()) in (0.0, 1.0)  # up to the clusters' names
-    assert labels.classes == 2 and labels.confidence.shape == (40,)
-    assert 0 <= labels.confidence.min() and labels.confidence.max() <= 1
-    assert backbone.feature_size == 128 and len(curves["simclr"]["loss"]) == 3
-    assert torch.equal(made[1][0].labels, labels.labels) and torch.equal(made[1][0].confidence, labels.confidence)
+def test_a_name_with_a_blank_makes_no_imglist(tmp_path, pictures):
+    write_imglist(tmp_path / "l.txt", ImageSet(pictures.images, ["my cat.png", *pictures.names[1:]]), pictures.labels)
+    assert not (tmp_path / "l.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.arange(11) % 3, r"int64 \(11,\); expected integers \(12,\)"),
+        (np.arange(12) % 3 / 1.0, r"float64 \(12,\)"),
+        (np.eye(12, dtype=int), r"int64 \(12, 12\)"),
+        (np.array([{}] * 12), "pickle"),
+        (np.arange(12) % 3 - 1, "-1 to 1"),
+    ],
+)
+def test_refuses_an_array_that_does_not_fit(tmp_path, pictures, array, message):
+    np.save(tmp_path / "l.npy", array)
+    with pytest.raises(RunError, match=message):
+        read_labels(tmp_path / "l.npy", pictures)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.png 0\n" * 2, "line 2.*each image once"),
+        ("0.png 0\n", "no row for '1.png'"),
+        ("0.png\n", "no row for '0.png'|each image once"),
+        ("".join(f"{i}.png x\n" for i in range(12)), "integer labels"),
+    ],
+)
+def test_refuses_an_imglist_that_does_not_fit(tmp_path, pictures, text, message):
+    (tmp_path / "l.txt").write_text(text)
+    with pytest.raises(RunError, match=message):
+        read_labels(tmp_path / "l.txt", pictures)
+
+
+@pytest.mark.parametrize("name", ["l.txt", "l.npy"])
+def test_a_file_that_is_not_there_or_is_garbage(tmp_path, pictures, name):
+    with pytest.raises(RunError, match="nothing there"):
+        read_labels(tmp_path / name, pictures)
+    (tmp_path / name).write_bytes(b"\xff\xfe\x00\x81" * 10)
+    with pytest.raises(RunError, match=name):
+        read_labels(tmp_path / name, pictures)
+
+
+def test_examples_are_the_most_and_the_least_confident_of_each_cluster():
+    labels = PseudoLabels(torch.tensor([0, 1, 0, 0, 1]), torch.tensor([0.1, 0.9, 0.8, 0.5, 0.2]), 2)
+    rows = {name: found.tolist() for name, found in example_rows(labels, count=2).items()}
+    assert rows == {"0-most": [2, 3], "0-least": [3, 0], "1-most": [1, 4], "1-least": [1, 4]}
+    assert set(example_rows(labels, clusters=1)) == {"0-most", "0-least"}

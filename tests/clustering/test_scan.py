@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from sdood_plugin.clustering.scan import scan_clusters, scan_loss
+from sdood_plugin.clustering.scan import feature_scale, scan_head, scan_loss
 from sdood_plugin.config import ClusteringConfig
-from sdood_plugin.errors import UsageError
+from sdood_plugin.errors import RunError
 from sdood_plugin.metrics import clustering_metrics
 from sdood_plugin.neighbours import nearest
 
@@ -60,32 +59,54 @@ def blobs(generator, width=8, images=40):
     return 4 * torch.eye(4, width)[labels] + 0.5 * torch.randn(len(labels), width, generator=generator), labels
 
 
+def probabilities(head, features):
+    with torch.no_grad():
+        return head(features).softmax(dim=1)
+
+
+def mined(features, k):
+    return nearest(features, features, k, exclude_self=True)[1]
+
+
 def test_heads_find_separated_clusters(generator):
     features, labels = blobs(generator)
-    config = ClusteringConfig(clusters=4, neighbours=5, heads=3, head_epochs=30, head_lr=0.05, head_batch_size=80)
-    probabilities, history = scan_clusters(features, config, seed=0)
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(160))
-    assert clustering_metrics(probabilities.argmax(1), labels)["acc"] > 95
+    config = ClusteringConfig(clusters=4, heads=3, head_epochs=30, head_lr=0.05, head_batch_size=80)
+    head, history = scan_head(features, mined(features, 5), config, seed=0)
+    assert clustering_metrics(probabilities(head, features).argmax(1), labels)["acc"] > 95
     assert len(history["loss"]) == len(history["lowest"]) == 30
     assert history["lowest"][-1] <= history["loss"][-1] < history["loss"][0]
-    again, _ = scan_clusters(features, config, seed=0)
-    assert torch.equal(again, probabilities)
+    again, _ = scan_head(features, mined(features, 5), config, seed=0)
+    assert torch.equal(again.weight, head.weight) and torch.equal(again.bias, head.bias)
 
 
 def test_the_head_of_lowest_loss_is_kept(generator):
     # one neighbour, one batch and no learning: the loss of a head can be computed again from its probabilities
     features, _ = blobs(generator)
-    config = ClusteringConfig(clusters=4, neighbours=1, heads=6, head_epochs=1, head_lr=1e-12, head_batch_size=160)
-    probabilities, history = scan_clusters(features, config, seed=1)
-    whitened = F.normalize(features, dim=1)
-    whitened = F.normalize((whitened - whitened.mean(0)) / whitened.std(0), dim=1)
-    partner = nearest(whitened, whitened, 1, exclude_self=True)[1][:, 0]
-    logits = probabilities.log()[None]
+    config = ClusteringConfig(clusters=4, heads=6, head_epochs=1, head_lr=1e-12, head_batch_size=160)
+    partner = mined(features, 1)
+    head, history = scan_head(features, partner, config, seed=1)
+    logits = probabilities(head, features).log()[None]
     assert history["lowest"][-1] < history["loss"][-1] - 0.01
-    assert float(scan_loss(logits, logits[:, partner], 5.0)) == pytest.approx(history["lowest"][-1], abs=1e-4)
+    assert float(scan_loss(logits, logits[:, partner[:, 0]], 5.0)) == pytest.approx(history["lowest"][-1], abs=1e-4)
 
 
-def test_fewer_images_than_neighbours_is_named(generator):
-    config = ClusteringConfig(clusters=2, neighbours=20, heads=2, head_epochs=1)
-    with pytest.raises(UsageError, match="nearest neighbours: got 20; expected 1 <= k <= 5"):
-        scan_clusters(torch.randn(6, 4, generator=generator), config, seed=0)
+def test_the_head_sees_unit_length_standardised(generator):
+    features = 5 * torch.randn(50, 6, generator=generator, dtype=torch.float64) + 3
+    mean, std = feature_scale(features)
+    rows = features.numpy()
+    unit = rows / (rows**2).sum(axis=1, keepdims=True) ** 0.5
+    torch.testing.assert_close(mean, torch.tensor(unit.mean(axis=0)))
+    torch.testing.assert_close(std, torch.tensor(unit.std(axis=0, ddof=1)))
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (torch.ones(30, 4), "the same for all 30 images"),
+        (torch.arange(1.0, 31)[:, None] * torch.ones(4), "the same for all 30 images"),  # they differ in length alone
+        (torch.ones(30, 4).index_fill(0, torch.tensor([7]), float("nan")), "features of image 7: got NaN or infinity"),
+    ],
+)
+def test_features_that_cannot_be_clustered_are_named(features, message):
+    with pytest.raises(RunError, match=message):
+        feature_scale(features)

@@ -10,8 +10,9 @@ import torch
 from sdood_plugin.artifacts import write_tensors
 from sdood_plugin.config import DetectorConfig
 from sdood_plugin.data.images import to_unit
+from sdood_plugin.detector.batches import Labelled
 from sdood_plugin.detector.network import ThreeHeadNet, load_network, save_network
-from sdood_plugin.detector.training import Labelled, _rows, train_detector
+from sdood_plugin.detector.training import make_optimizer, train_detector
 from sdood_plugin.errors import RunError
 from sdood_plugin.features import Backbone
 from sdood_plugin.randomness import derive_seed
@@ -19,6 +20,7 @@ from sdood_plugin.randomness import derive_seed
 from ..resuming import assert_resumes, assert_same
 
 CONFIG = DetectorConfig(epochs=2, batch_size=4, lr=1e-3)
+VIT = {"backbone": "test_vit", "input_size": 32}  # six blocks of width 64, four patches
 
 
 @pytest.fixture
@@ -40,21 +42,17 @@ def train(parts, config, folder, accelerator, key="k", checkpoint_seconds=1e9, *
     )
 
 
-@pytest.mark.parametrize(("total", "count"), [(10, 3), (7, 7), (5, 12), (8, 1), (1, 4)])
-def test_every_pass_over_the_rows_is_a_permutation(total, count):
-    steps = 4 * total
-    rows = torch.cat([_rows(total, count, step, 3, 0, torch.device("cpu")) for step in range(steps)])
-    for epoch in range(len(rows) // total):
-        assert sorted(rows[epoch * total : (epoch + 1) * total].tolist()) == list(range(total))
-    if total > 4:
-        assert not torch.equal(rows[:total], rows[total : 2 * total])
-        other = torch.cat([_rows(total, count, step, 3, 1, torch.device("cpu")) for step in range(steps)])
-        assert not torch.equal(rows, other)  # parts are shuffled apart from each other
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, parts, optimizer):
-    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "sgd", "ema_decay": 0.9, "layer_decay": 0.5, "label_smoothing": 0.1, "frozen_blocks": 1},
+        {**VIT, "optimizer": "sgd", "ema_decay": 0.9, "layer_decay": 0.7, "frozen_blocks": 4, "augmentation": "none"},
+    ],
+    ids=["plain", "average, frozen and layer decay", "cached transformer"],
+)
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, parts, settings):
+    config = dataclasses.replace(CONFIG, **settings)
 
     def run(folder, by, **settings):
         network, history = train(parts, config, folder, by, **settings)
@@ -74,6 +72,7 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, parts
         (True, True, (0.0, 0.5), (4, 0, 2)),
         (True, False, (0.5, 0.5), (4, 2, 0)),
         (True, True, (0.5, 0.0), (4, 2, 0)),
+        (True, True, (0.01, 0.01), (4, 1, 1)),  # wanted is at least one
     ],
 )
 def test_a_batch_holds_what_the_ratios_say(tmp_path, accelerator, parts, with_controls, with_outliers, ratios, expected):
@@ -115,6 +114,80 @@ def test_with_outliers_all_three_parts_are_recorded(tmp_path, accelerator, parts
     assert not network.training
 
 
+def test_frozen_blocks_keep_weights_and_statistics(tmp_path, accelerator, parts):
+    network, _ = train(parts, dataclasses.replace(CONFIG, frozen_blocks=1), tmp_path, accelerator)
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(5, "detector-init"))
+        fresh = Backbone("small_cnn").body.state_dict()
+    for name, value in network.backbone.body.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, fresh[name]) == (int(name.split(".")[1]) < 14), name  # two stages of seven layers
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{**VIT, "frozen_blocks": 3}, {**VIT, "frozen_blocks": "all", "pooling": "mean"}, {"frozen_blocks": "all"}],
+    ids=["three blocks", "whole transformer", "whole convolutional network"],
+)
+def test_outputs_of_frozen_blocks_are_computed_once_and_change_nothing(tmp_path, accelerator, parts, settings, monkeypatch):
+    config = dataclasses.replace(CONFIG, augmentation="none", optimizer="sgd", lr=0.01, **settings)
+    images, frozen_part = [], Backbone.frozen_part
+    monkeypatch.setattr(Backbone, "frozen_part", lambda own, x: (images.append(len(x)), frozen_part(own, x))[1])
+    network, cached = train(parts, config, tmp_path, accelerator)
+    assert sum(images) == 1 + 3 * 12  # one to see how large they are, then each image once
+    plain_network, plain = train(parts, dataclasses.replace(config, cache_gib=0.0), tmp_path, accelerator)
+    assert sum(images) == 2 + 3 * 12 + 6 * 8  # then every batch
+    for name in plain:
+        torch.testing.assert_close(torch.tensor(cached[name]), torch.tensor(plain[name]), rtol=0, atol=5e-3)
+    for value, other in zip(network.parameters(), plain_network.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-3)
+
+
+def test_augmented_images_are_not_cached(tmp_path, accelerator, parts, monkeypatch):
+    monkeypatch.setattr("sdood_plugin.detector.training.frozen_outputs", lambda *_, **__: pytest.fail("cached"))
+    train(parts, dataclasses.replace(CONFIG, frozen_blocks="all", augmentation="digits"), tmp_path, accelerator)
+
+
+def test_the_average_is_that_of_all_steps(tmp_path, accelerator, parts, monkeypatch):
+    from timm.utils import ModelEmaV3
+
+    seen, update = [], ModelEmaV3.update
+
+    def recording(own, model, step):
+        seen.append((step, [value.detach().double().clone() for value in model.parameters()]))
+        update(own, model, step)
+
+    monkeypatch.setattr(ModelEmaV3, "update", recording)
+    network, _ = train(parts, dataclasses.replace(CONFIG, ema_decay=0.6), tmp_path, accelerator)
+    assert [step for step, _ in seen] == list(range(1, 7))
+    average = seen[0][1]
+    for step, values in seen[1:]:
+        decay = min(0.6, 1 - step ** (-2 / 3))  # short memory at the start (timm)
+        average = [decay * old + (1 - decay) * new for old, new in zip(average, values, strict=True)]
+    for value, expected in zip(network.parameters(), average, strict=True):
+        torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-5)
+    last = seen[-1][1]
+    assert any(not torch.equal(value.double(), other) for value, other in zip(network.parameters(), last, strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_learning_rates_fall_with_the_distance_from_the_heads(optimizer):
+    config = DetectorConfig(**VIT, optimizer=optimizer, lr=0.1, layer_decay=0.5, frozen_blocks=2)
+    with torch.random.fork_rng():
+        backbone = Backbone("test_vit", input_size=32)
+        backbone.freeze(2)
+        network = ThreeHeadNet(backbone, 3)
+    rates = {parameter: group["lr"] for group in make_optimizer(network, config).param_groups for parameter in group["params"]}
+    for name, parameter in network.named_parameters():
+        if name.startswith("g_") or ".norm." in name and ".blocks." not in name:
+            assert rates.pop(parameter) == pytest.approx(0.1), name
+        elif ".blocks." in name and int(name.split(".")[3]) >= 2:
+            assert rates.pop(parameter) == pytest.approx(0.1 * 0.5 ** (5 - int(name.split(".")[3]))), name
+        else:
+            assert parameter not in rates and not parameter.requires_grad, name
+    assert not rates
+
+
 def test_fewer_images_than_a_batch(tmp_path, accelerator, parts):
     few = [Labelled(part.images[:3], part.labels[:3]) for part in parts]
     _, history = train(few, CONFIG, tmp_path, accelerator)
@@ -134,12 +207,14 @@ def test_it_learns_to_tell_outliers_from_images(tmp_path, accelerator):
         assert (network(to_unit(dark)).binary.argmax(1) == 0).all()
 
 
-def test_networks_survive_the_disk(tmp_path):
-    network = ThreeHeadNet(Backbone("small_cnn"), 3).eval()
+@pytest.mark.parametrize("settings", [{"name": "small_cnn"}, {"name": "test_vit", "input_size": 32, "pooling": "mean"}])
+def test_networks_survive_the_disk(tmp_path, settings):
+    with torch.random.fork_rng():
+        network = ThreeHeadNet(Backbone(**settings), 3).eval()
     save_network(tmp_path / "n.safetensors", network)
     loaded = load_network(tmp_path / "n.safetensors")
     assert_same(loaded.state_dict(), network.state_dict())
-    assert not loaded.training
+    assert not loaded.training and loaded.backbone.pooling == network.backbone.pooling
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_same(loaded(images)._asdict(), network(images)._asdict())

@@ -10,7 +10,14 @@ import torch
 from sdood_plugin.artifacts import write_tensors
 from sdood_plugin.config import DiffusionConfig
 from sdood_plugin.diffusion import training
-from sdood_plugin.diffusion.training import add_noise, drop_condition, loss_by_noise_level, regression_target, train_diffusion
+from sdood_plugin.diffusion.training import (
+    add_noise,
+    denoising_loss,
+    drop_condition,
+    loss_by_noise_level,
+    regression_target,
+    train_diffusion,
+)
 from sdood_plugin.diffusion.unet import alphas_bar, build_unet, load_unet
 from sdood_plugin.errors import UsageError
 
@@ -100,10 +107,11 @@ def test_noise_levels_above_the_highest_are_never_trained(monkeypatch, tmp_path,
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_the_loss_of_a_step_is_the_mean_squared_error_of_the_prediction(
-    tmp_path, monkeypatch, accelerator, tiny, pictures, prediction
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_loss_of_a_step_is_the_weighted_mean_squared_error_of_the_prediction(
+    tmp_path, monkeypatch, accelerator, tiny, pictures, prediction, gamma
 ):
-    config = dataclasses.replace(tiny, prediction=prediction, steps=1)
+    config = dataclasses.replace(tiny, prediction=prediction, min_snr_gamma=gamma, steps=1)
     given = {}
     real = training.add_noise
     monkeypatch.setattr(
@@ -138,7 +146,10 @@ def test_the_loss_of_a_step_is_the_mean_squared_error_of_the_prediction(
     a = abar.reshape(-1, 1, 1, 1)
     target = noise if prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * clean
     ((condition, predicted),) = seen
-    assert history["loss"] == [pytest.approx(float((predicted - target).square().mean()), rel=1e-5)]
+    weight, snr = torch.ones(()), a / (1 - a)
+    if gamma is not None:
+        weight = torch.minimum(snr, torch.full_like(snr, gamma)) / (snr if prediction == "epsilon" else snr + 1)
+    assert history["loss"] == [pytest.approx(float((weight * (predicted - target).square()).mean()), rel=1e-4)]
     assert set(condition.tolist()) <= {0, 1, 2, 3}
 
 
@@ -215,13 +226,66 @@ def test_unets_survive_the_disk(tmp_path, tiny, unet):
     assert not loaded.training
 
 
-@pytest.mark.parametrize("channels", [[16], [16, 16], [32, 64, 64]])
-@pytest.mark.parametrize("attention", [False, True])
-def test_every_class_the_null_class_and_the_step_are_heard(tiny, channels, attention):
+@pytest.mark.parametrize(("size", "millions"), [("tiny", 0.0734), ("demo", 1.115), ("small", 14.55), ("cifar", 35.75)])
+def test_the_sizes_have_their_parameters(size, millions):
+    with torch.device("meta"):
+        built = build_unet(DiffusionConfig(size=size), classes=10, image_size=32)
+    assert sum(weight.numel() for weight in built.parameters()) / 1e6 == pytest.approx(millions, rel=5e-3)
+
+
+def test_the_largest_is_the_unet_of_ho_et_al():
+    # 35.7 M without classes (their Table 1 and appendix B): widths 128, 256, 256, 256, two blocks, attention at 16 x 16 only
+    with torch.device("meta"):
+        built = build_unet(DiffusionConfig(size="cifar"), classes=10, image_size=32)
+    embedding = sum(weight.numel() for weight in built.class_embedding.parameters())
+    assert (sum(weight.numel() for weight in built.parameters()) - embedding) / 1e6 == pytest.approx(35.7, abs=0.1)
+    attends = [hasattr(block, "attentions") and len(block.attentions) > 0 for block in built.down_blocks]
+    assert attends == [False, True, False, False]
+    assert [len(block.resnets) for block in built.down_blocks] == [2] * 4
+    assert [block.resnets[-1].out_channels for block in built.down_blocks] == [128, 256, 256, 256]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_min_snr_weighs_the_clean_images_error(generator, prediction, gamma):
+    # whatever is predicted, the loss is min(SNR, gamma) times the squared error of the clean image it stands for
+    clean, noise, predicted = torch.randn(3, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
+    abar = torch.tensor([0.999, 0.95, 0.8, 0.5, 0.2, 0.01], dtype=torch.float64)
+    expected = 0.0
+    for b in range(6):
+        a = float(abar[b])
+        x = a**0.5 * clean[b] + (1 - a) ** 0.5 * noise[b]
+        if prediction == "epsilon":
+            said = (x - (1 - a) ** 0.5 * predicted[b]) / a**0.5
+        else:
+            said = a**0.5 * x - (1 - a) ** 0.5 * predicted[b]
+        expected += min(a / (1 - a), gamma) * float((said - clean[b]).square().mean()) / 6
+    config = DiffusionConfig(prediction=prediction, min_snr_gamma=gamma)
+    found = denoising_loss(predicted.double(), clean, noise, abar, config)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    plain = denoising_loss(predicted, clean, noise, abar, DiffusionConfig(prediction=prediction))
+    target = regression_target(clean, noise, abar, prediction)
+    assert float(plain) == pytest.approx(float((predicted.float() - target).square().mean()), rel=1e-6)
+
+
+def test_a_compiled_unet_has_the_same_weights_by_name_and_is_compiled_in_training_and_sampling(tmp_path, monkeypatch, tiny, unet):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: compiled.append((module, settings)))
+    config = dataclasses.replace(tiny, compile=True)
+    assert list(build_unet(config, classes=3, image_size=8).state_dict()) == list(unet.state_dict())
+    write_tensors(tmp_path / "unet.safetensors", unet.state_dict())
+    loaded = load_unet(tmp_path / "unet.safetensors", config, classes=3, image_size=8)
+    assert len(compiled) == 2 and compiled[1] == (loaded, {"dynamic": False})
+    build_unet(tiny, classes=3, image_size=8)
+    assert len(compiled) == 2
+
+
+@pytest.mark.parametrize("size", ["tiny", "demo"])
+def test_every_class_the_null_class_and_the_step_are_heard(tiny, size):
     # group norm with one channel a group would subtract them again, as they are constant over the image
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        built = build_unet(dataclasses.replace(tiny, channels=channels, attention=attention), classes=4, image_size=8)
+        built = build_unet(dataclasses.replace(tiny, size=size), classes=4, image_size=8)
     assert built.class_embedding.num_embeddings == 5
     x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(6, 3, 8, 8)
     with torch.no_grad():
@@ -233,5 +297,5 @@ def test_every_class_the_null_class_and_the_step_are_heard(tiny, channels, atten
 
 
 def test_refuses_a_side_that_cannot_be_halved(tiny):
-    with pytest.raises(UsageError, match="3 resolutions for 10 px.*divisible by 4"):
-        build_unet(dataclasses.replace(tiny, channels=[16, 16, 16]), classes=3, image_size=10)
+    with pytest.raises(UsageError, match="diffusion.size: got demo, 3 resolutions, for 10 px.*divisible by 4"):
+        build_unet(dataclasses.replace(tiny, size="demo"), classes=3, image_size=10)

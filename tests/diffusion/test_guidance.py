@@ -39,6 +39,20 @@ def test_terms_equal_the_equations(generator, mode, w, classes):
         torch.testing.assert_close(mixed, oracle(mode, w, predictions, int(labels[row]), wrong[row].tolist()))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_for_each_image(generator, mode):
+    predictions = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    labels, w = torch.arange(12) % 3, torch.tensor(WEIGHTS).repeat(2)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(12))
+    conditions, weights = guidance_terms(mode, w, labels, wrong, 3)
+    assert weights.shape == conditions.shape and weights.dtype == torch.float32
+    for row in range(12):
+        mixed = (weights[row].double()[:, None] * predictions[conditions[row]]).sum(0)
+        torch.testing.assert_close(mixed, oracle(mode, float(w[row]), predictions, int(labels[row]), wrong[row].tolist()))
+    single = guidance_terms(mode, torch.zeros(12), labels, wrong, 3)
+    assert torch.equal(single[0], guidance_terms(mode, 0.0, labels, wrong, 3)[0])  # idle for all: left out here too
+
+
 @pytest.mark.parametrize("w", WEIGHTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_sum_to_one_and_no_term_is_idle(mode, w):
@@ -96,7 +110,15 @@ def test_the_wrong_class_depends_on_the_images_identity_only():
     assert not torch.equal(wrong_classes(many % 3, 3, seed=4, index=many), wrong_classes(many % 3, 3, seed=5, index=many))
 
 
-@pytest.mark.parametrize(("mode", "w", "word"), [("other", -1.01, "w >= -1"), ("nearby", 1.0, "other, away, blend, same")])
+@pytest.mark.parametrize(
+    ("mode", "w", "word"),
+    [
+        ("other", -1.01, "w >= -1"),
+        ("away", torch.tensor([2.0, -1.5]), "w >= -1"),
+        ("blend", float("nan"), "w >= -1"),
+        ("nearby", 1.0, "other, away, blend, same"),
+    ],
+)
 def test_refuses(mode, w, word):
     labels = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(UsageError, match=word):

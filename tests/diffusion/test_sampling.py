@@ -104,33 +104,40 @@ def test_ends_where_the_probability_flow_ends(config, sampler, steps, error):
     assert (made - flow(config, images, 0.3, means(2)[1 - labels])).abs().max() < error
 
 
-def test_ten_dpm_steps_agree_with_many_ddim_steps():
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("fraction", "small_steps", "error"), [(0.3, 300, 0.05), (0.5, 500, 0.08)])
+def test_ten_dpm_steps_agree_with_many_small_steps(schedule, fraction, small_steps, error):
+    config = DiffusionConfig(schedule=schedule)
     images, labels = sources(64, 3)
     wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(64))
     terms = guidance_terms("other", 2.0, labels, wrong, 3)
-    many = sample(LINEAR, 3, images, *terms, start_fraction=0.3, sampler="ddim", steps=300)
-    error = {
-        name: (sample(LINEAR, 3, images, *terms, start_fraction=0.3, sampler=name, steps=10) - many).square().mean().sqrt()
+    many = sample(config, 3, images, *terms, start_fraction=fraction, sampler="ddim", steps=small_steps)
+    found = {
+        name: (sample(config, 3, images, *terms, start_fraction=fraction, sampler=name, steps=10) - many).square().mean().sqrt()
         for name in ("dpm", "ddim")
     }
-    assert error["dpm"] < 0.05
-    assert error["dpm"] < error["ddim"] / 2
+    assert found["dpm"] < error  # root mean square, in [-1, 1] units
+    assert found["dpm"] < found["ddim"] / 2
 
 
 @pytest.mark.parametrize("w", [0.0, 2.0])
+@pytest.mark.parametrize("steps", [5, 10, 30, 100])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
-def test_guidance_changes_the_meaning_and_keeps_the_nuisance(sampler, w):
+def test_guidance_changes_the_meaning_and_keeps_the_nuisance(sampler, steps, w):
     images, labels = sources(600, 2)
     wrong = wrong_classes(labels, 2, seed=0, index=torch.arange(600))
     made = sample(
-        LINEAR, 2, images, *guidance_terms("other", w, labels, wrong, 2), start_fraction=0.3, sampler=sampler, steps=100
+        LINEAR, 2, images, *guidance_terms("other", w, labels, wrong, 2), start_fraction=0.3, sampler=sampler, steps=steps
     )
     own, other = means(2)[labels][:, 0], means(2)[1 - labels][:, 0]
     assert ((images[:, 0] - own).square().sum((1, 2)) < (images[:, 0] - other).square().sum((1, 2))).all()
     assert ((made[:, 0] - other).square().sum((1, 2)) < (made[:, 0] - own).square().sum((1, 2))).all()
-    # the nuisance of the source survives as the mathematics says: sqrt(abar) along the flow, abar by ancestral sampling
+    # the nuisance of the source survives as the mathematics says: sqrt(abar) along the flow, whose steps are linear in it;
+    # abar by ancestral sampling, more where few steps add too little noise
     abar = float(alphas_bar(LINEAR)[start_step(0.3, 1000)])
-    assert correlation(made, images) == pytest.approx(abar if sampler == "ddpm" else math.sqrt(abar), abs=0.05)
+    most = abar if sampler == "ddpm" and steps >= 100 else math.sqrt(abar)
+    least = abar if sampler == "ddpm" else math.sqrt(abar)
+    assert least - 0.05 < correlation(made, images) < most + 0.05
     assert abs(correlation(made, images.roll(1, 0))) < 0.08
 
 
@@ -189,6 +196,93 @@ def test_w_minus_one_is_unconditional(sampler):
     for mode in ("other", "blend"):
         assert torch.equal(sample(LINEAR, 3, images, *guidance_terms(mode, -1.0, labels, wrong, 3), **settings), free)
     assert not torch.equal(sample(LINEAR, 3, images, *guidance_terms("other", 0.0, labels, wrong, 3), **settings), free)
+
+
+MODES = ["other", "away", "blend", "same"]
+INTERVAL = (0.1, 0.2)  # of T = 1000: the steps t = 99 .. 199
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_an_interval_is_a_weight_that_depends_on_the_noise_level(config, mode):
+    images, labels = sources(8, 3)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(8))
+    guided, unguided = (guidance_terms(mode, w, labels, wrong, 3) for w in (2.0, 0.0))
+    eps_of, plain = exact_denoiser(DiffusionConfig(schedule=config.schedule), 3), alphas_bar(config)
+    x, _ = noised(config, images, 0.3)
+    times = visited_steps(299, 20)
+    for t, following in zip(times, [*times[1:], None], strict=True):  # DDIM written out, in float64
+        w = 2.0 if 99 <= t <= 199 else 0.0
+        own, first, second, null = (
+            eps_of(x, torch.full((8,), t), c).double() for c in (labels, wrong[:, 0], wrong[:, 1], torch.full((8,), 3))
+        )
+        eps = {
+            "other": (1 + w) * first - w * null,
+            "away": (1 + w) * null - w * own,
+            "blend": (1 + w) * (first + second) / 2 - w * null,
+            "same": own,
+        }[mode]
+        clean = (x - (1 - plain[t]).sqrt() * eps) / plain[t].sqrt()
+        x = clean if following is None else plain[following].sqrt() * clean + (1 - plain[following]).sqrt() * eps
+    settings = {"start_fraction": 0.3, "sampler": "ddim", "steps": 20}
+    made = sample(config, 3, images, *guided, **settings, guidance_interval=INTERVAL, outside=unguided)
+    torch.testing.assert_close(made.double(), x, atol=5e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interval_of_all_or_no_noise_levels(mode, sampler):
+    images, labels = sources(8, 3)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(8))
+    guided, unguided = (guidance_terms(mode, w, labels, wrong, 3) for w in (2.0, 0.0))
+    settings = {"start_fraction": 0.3, "sampler": sampler, "steps": 6}
+    plain = [sample(LINEAR, 3, images, *terms, **settings) for terms in (guided, unguided)]
+    for interval, expected in (((0.0, 0.3), plain[0]), ((0.9, 1.0), plain[1])):
+        assert torch.equal(sample(LINEAR, 3, images, *guided, **settings, guidance_interval=interval, outside=unguided), expected)
+
+
+@pytest.mark.parametrize(("mode", "inside", "outside"), [("other", 2, 1), ("away", 2, 1), ("blend", 3, 2), ("same", 1, 1)])
+def test_an_interval_saves_forwards(mode, inside, outside):
+    images, labels = sources(8, 3)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(8))
+    guided, unguided = (guidance_terms(mode, w, labels, wrong, 3) for w in (2.0, 0.0))
+    exact, rows = exact_denoiser(LINEAR, 3), {}
+
+    def denoiser(x, t, condition):
+        assert int(t[0]) not in rows  # one batched forward a step
+        rows[int(t[0])] = len(x)
+        return exact(x, t, condition)
+
+    guided_partial_sample(
+        denoiser,
+        images,
+        *guided,
+        lambda draw: normal(1, torch.arange(8), draw, tuple(images.shape[1:])),
+        LINEAR,
+        start_fraction=0.3,
+        steps=30,
+        guidance_interval=INTERVAL,
+        outside=unguided,
+    )
+    assert rows == {t: 8 * (inside if 99 <= t <= 199 else outside) for t in range(299, 0, -10)}
+
+
+def test_an_interval_needs_to_know_what_holds_outside_of_it():
+    images, labels = sources(4, 2)
+    with pytest.raises(ValueError, match=r"step 299 is outside of guidance_interval \(0.1, 0.2\)"):
+        sample(LINEAR, 2, images, labels[:, None], torch.ones(1), start_fraction=0.3, guidance_interval=INTERVAL)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_image_may_have_its_own_weight(mode):
+    images, labels = sources(9, 3)
+    wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(9))
+    own = torch.tensor([0.0, 1.0, 4.0]).repeat(3)
+    settings = {"start_fraction": 0.3, "sampler": "ddpm", "steps": 5}
+    together = sample(LINEAR, 3, images, *guidance_terms(mode, own, labels, wrong, 3), **settings)
+    for w in (0.0, 1.0, 4.0):
+        alone = sample(LINEAR, 3, images, *guidance_terms(mode, w, labels, wrong, 3), **settings)
+        torch.testing.assert_close(together[own == w], alone[own == w], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
@@ -268,10 +362,13 @@ def test_global_randomness_is_left_alone():
 
 def test_mixing_is_the_weighted_sum_of_separate_forwards(generator):
     x, weights = torch.randn(5, 3, 2, 2, generator=generator), torch.tensor([1.5, 1.5, -2.0])
+    each = torch.randn(5, 3, generator=generator)
     t, conditions = torch.tensor([3, 50, 120, 7, 299]), torch.tensor([[0, 1, 2], [1, 0, 2], [1, 0, 2], [0, 1, 2], [1, 1, 0]])
     denoiser = exact_denoiser(LINEAR, 2)
     expected = sum(float(w) * denoiser(x, t, conditions[:, m]).double() for m, w in enumerate(weights))
     torch.testing.assert_close(mix_predictions(denoiser, x, t, conditions, weights).double(), expected, atol=1e-5, rtol=1e-5)
+    expected = sum(each[:, m, None, None, None] * denoiser(x, t, conditions[:, m]).double() for m in range(3))
+    torch.testing.assert_close(mix_predictions(denoiser, x, t, conditions, each).double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def run_settings(tree: Path) -> RunConfig:
         report=False,
         data=data,
         clustering=ClusteringConfig(method="given"),
-        diffusion=DiffusionConfig(channels=[16, 16], attention=False, steps=2, batch_size=8, timesteps=50),
+        diffusion=DiffusionConfig(size="tiny", steps=2, batch_size=8, timesteps=50),
         outliers=OutliersConfig(sampling_steps=1, batch_size=32),
         detector=DetectorConfig(epochs=2, batch_size=32),
     )
@@ -100,7 +100,7 @@ def run_folder(tree, tmp_path_factory) -> Path:
     from sdood_plugin.run import run
 
     folder = tmp_path_factory.mktemp("runs") / "cifar"
-    run(run_settings(tree), folder, "train-detector")
+    run(run_settings(tree), folder, "calibrate")
     return folder
 
 

@@ -4,7 +4,8 @@
 
 The tests come from the checkout, the code they test is the installed package: `src.pytorch_ood`, as the tests call it,
 is made a second name for it. Two ways to bring ours in: where a suite walks a list of components ours is appended to
-the list, where a test file is about one detector that takes an encoder alone that detector's name is set to ours.
+the list, where a test file is about one detector that takes an encoder alone that detector's name is set to ours. The
+suite's device tests want CUDA; where there is none they run here with the CPU as the device to move to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import types
 import unittest
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +31,7 @@ from sdood_plugin.hosts.pytorch_ood import SDOOD, SDOutliers, ThreeHeadLoss, reg
 STAND_IN = {
     "tests.detectors.test_knn": ("KNN", {"test_requires_fitting", "test_input"}),
     "tests.detectors.test_mahalanobis": ("Mahalanobis", {"test_something", "test_nofit"}),
+    "tests.detectors.test_gmm": ("GMM", {"test_fit_predict", "test_fit_predict_features", "test_nofit", "test_no_model"}),
     "tests.detectors.test_detector_taxonomy": ("KNN", {"test_feature_detectors_inherit_features_base"}),
 }
 
@@ -48,7 +51,7 @@ def three_heads(shape: tuple[int, ...], classes: int, features: int) -> Heads:
     return Heads(*(torch.randn(shape[0], width) for width in (features, 2, classes, classes)))
 
 
-def smoke(module: types.ModuleType) -> type[unittest.TestCase]:
+def smoke(module: types.ModuleType) -> None:
     """The smoke suite with ours in the registry."""
     case = module.TestAllDetectorsSmoke
     theirs = case._classification_detector_registry
@@ -57,7 +60,27 @@ def smoke(module: types.ModuleType) -> type[unittest.TestCase]:
         return [*theirs(self), ("SDOOD", lambda: SDOOD(module.ClassificationModel().eval().features))]
 
     case._classification_detector_registry = registry
-    return case
+
+
+def devices(module: types.ModuleType) -> None:
+    """The registry of feature detectors with ours; cuda:0 where there is one, else the CPU."""
+    case = module.TestDetectorDeviceHandling
+    theirs, prepare = case._classification_fit_and_predict_features_registry, case.setUp
+
+    def on_this_machine(self):
+        prepare(self)
+        if not torch.cuda.is_available():
+            self.device = torch.device("cpu")
+
+    ours = ("SDOOD", lambda: SDOOD(module.ClassificationModel().features))
+    case._classification_fit_and_predict_features_registry = staticmethod(lambda: [*theirs(), ours])
+    case.setUp, case.__unittest_skip__ = on_this_machine, False
+
+
+def benchmark(module: types.ModuleType) -> None:
+    """The host's benchmark encodes a data set once for all detectors of features; ours in the place of the test's own."""
+    train = torch.randn(24, 2, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 3 - 1
+    module.SummedFeaturesDetector = lambda encoder: SDOOD(encoder, k_distance=1, k_vote=1).fit_features(*train)
 
 
 def info(module: types.ModuleType) -> None:
@@ -98,6 +121,8 @@ def cases() -> list[unittest.TestCase]:
             lambda case, methods=methods: case._testMethodName in methods,
         )
     add("tests.detectors.test_all_detectors_smoke", smoke, lambda case: "classification" in case._testMethodName)
+    add("tests.detectors.test_device_handling", devices, lambda case: "test_feature_fit" in case._testMethodName)
+    add("tests.test_benchmark", benchmark, lambda case: "reuses_feature_cache" in case._testMethodName)
     add("tests.detectors.test_signatures")
     add("tests.test_info", info, lambda case: type(case).__name__ in ("TestInfoRecords", "TestDetectorTasks", "TestLossTasks"))
     add("tests.test_hpo", hpo, lambda case: type(case).__name__ == "TestGridSearchKNN")
@@ -111,6 +136,13 @@ class Outcomes(unittest.TestResult):
         super().__init__()
         self.outcomes: dict[str, str] = {}
         self.ours: list[str] = []
+        self.theirs: list[str] = []  # failures over the host's own components
+        self.built: Counter[str] = Counter()  # detectors of ours, by test
+        self.current = ""
+
+    def startTest(self, test):
+        super().startTest(test)
+        self.current = test.id()
 
     def addSuccess(self, test):
         self.outcomes.setdefault(test.id(), "passed")
@@ -130,6 +162,7 @@ class Outcomes(unittest.TestResult):
         if err is not None and about_ours:
             self.addFailure(test, err)
         elif err is not None:
+            self.theirs.append(f"{test._testMethodName}: {subtest._subDescription()}")
             self.outcomes.setdefault(test.id(), "passed")
 
 
@@ -137,17 +170,17 @@ def main() -> None:
     sys.path.insert(0, ".")
     installed_as_src()
     register()
-    result, used = Outcomes(), []
+    result = Outcomes()
     build = SDOOD.__init__
 
     def counted(self, *args, **kwargs):
-        used.append(1)
+        result.built[result.current] += 1
         build(self, *args, **kwargs)
 
     spy = mock.patch.object(SDOOD, "__init__", counted)
     with contextlib.redirect_stdout(io.StringIO()), spy:
         unittest.TestSuite(cases()).run(result)
-    print(json.dumps({"outcomes": result.outcomes, "ours": sorted(result.ours), "built": len(used)}))
+    print(json.dumps({name: getattr(result, name) for name in ("outcomes", "ours", "theirs", "built")}))
 
 
 if __name__ == "__main__":

@@ -453,6 +453,16 @@ def test_evaluator_says_in_one_line_what_does_not_fit(net, tree, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_run_without_banks_is_said(net, run_folder, loaders, tmp_path):
+    from sdood_plugin.hosts.openood import SDOODPostprocessor
+
+    (tmp_path / "detector").mkdir()
+    shutil.copy(run_folder / "detector" / "detector.safetensors", tmp_path / "detector")
+    for folder in (tmp_path, tmp_path / "detector"):
+        with pytest.raises(UsageError, match="got a detector without banks"):
+            SDOODPostprocessor(outliers=folder).setup(net, loaders["id"], {})
+
+
 def test_an_outlier_folder_whose_manifest_does_not_fit_is_refused(trained, run_folder, loaders, tmp_path):
     from sdood_plugin.hosts.openood import SDOODPostprocessor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -118,6 +119,20 @@ def test_numpys_lost_name_is_there_only_inside_the_block():
 def test_the_shipped_yamls_are_the_packages():
     folder = REPOSITORY / "configs" / "openood"
     assert {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.yml")} == FILES
+
+
+def test_commands_fit_the_set_they_are_for(tmp_path):
+    from sdood_plugin.hosts.openood.commands import command_lines
+
+    folder = tmp_path / "it's a folder"
+    small, large = (command_lines(folder, train, outliers, None).splitlines() for train, outliers in ((40, 30), (9000, 8000)))
+    assert len(small) == len(large) == 10, "five jobs; none that scores with a detector"
+    assert "--dataset.train.batch_size 20 --dataset.oe.batch_size 20" in small[5]
+    assert "--dataset.train.batch_size 64 --dataset.oe.batch_size 64" in large[5]
+    assert "--trainer.num_clusters 17 --network.num_clusters 17 --trainer.pca_dim 17" in small[9]
+    assert "clusters" not in large[9]
+    last = command_lines(folder, 40, 30, folder / "detector").splitlines()[-1]
+    assert shlex.split(last)[-1] == str(folder / "detector" / "detector.safetensors")
 
 
 def test_every_line_of_a_list_is_looked_at(tmp_path):

@@ -15,27 +15,24 @@ import pytest
 import torch
 import yaml
 
+from sdood_plugin.artifacts import read_tensors
 from sdood_plugin.detector.network import Heads, ThreeHeadNet
 from sdood_plugin.errors import UsageError
 from sdood_plugin.features import Backbone
 from sdood_plugin.scoring.storage import load_score
 
 from .openood_tree import REPOSITORY
+from .two_processes import train as train_in_one
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the host's warnings are not ours to mend
 
 SMALL = "--dataset.train.batch_size 12 --dataset.oe.batch_size 12 --optimizer.num_epochs 1 --num_workers 0"
 RESNET = "networks/resnet18_32x32.yml"
-STOCK = {
-    "oe": (RESNET, "train_oe", ""),
-    "mixoe": (RESNET, "train_mixoe", ""),
-    "mcd": ("networks/mcd_net.yml", "train_mcd", "--network.backbone.name resnet18_32x32 --trainer.start_epoch_ft 0"),
-    "udg": (
-        "networks/udg_net.yml",
-        "train_udg",
-        "--network.backbone.name resnet18_32x32 --dataset.train.dataset_class UDGDataset "
-        "--dataset.oe.dataset_class UDGDataset --trainer.num_clusters 4 --trainer.pca_dim 8 --network.num_clusters 4",
-    ),
+STOCK = {  # what few images and one epoch need beside the exported command
+    "OE": "",
+    "MixOE": "",
+    "MCD": "--trainer.start_epoch_ft 0",
+    "UDG": "--trainer.num_clusters 4 --trainer.pca_dim 8 --network.num_clusters 4",
 }
 
 
@@ -82,6 +79,15 @@ def stock_files(configs: Path, network: str, pipeline: str) -> list[str]:
     return [str(configs / name) for name in names]
 
 
+def pasted(exported: Path, title: str) -> list[str]:
+    """The arguments of the exported command of that title, as a shell would split them."""
+    lines = (exported / "sdood" / "commands.txt").read_text().splitlines()
+    command = next(line for name, line in zip(lines[::2], lines[1::2], strict=True) if title in name)
+    words = shlex.split(command.replace("$OPENOOD_ROOT", os.environ["OPENOOD_ROOT"]))
+    assert words[:3] == ["python", "-m", "sdood_plugin.hosts.openood"]
+    return words[3:]
+
+
 def own_files(exported: Path) -> list[str]:
     return [str(exported / "sdood" / name) for name in ("networks/sdood_net.yml", "pipelines/train_sdood.yml")]
 
@@ -114,12 +120,13 @@ def test_export_writes_what_the_run_has(exported, run_folder):
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_stock_outlier_trainers_train_on_our_outliers(few, configs, tmp_path, name, capsys):
+def test_stock_outlier_trainers_train_on_our_outliers(exported, few, tmp_path, name, capsys):
+    """The exported command, its data set cut to the few images."""
     from sdood_plugin.hosts.openood.__main__ import main
 
-    network, pipeline, settings = STOCK[name]
+    given = [str(few) if word.endswith("sdood/dataset.yml") else word for word in pasted(exported, f"the host's {name}")]
     before = random.getstate(), torch.get_rng_state(), sys.stdout
-    status = main(arguments(few, stock_files(configs, network, pipeline), f"{SMALL} {settings}", tmp_path))
+    status = main([*given, *SMALL.split(), *STOCK[name].split(), "--output_dir", str(tmp_path)])
     said = capsys.readouterr()
     assert status == 0, said.err
     assert "Epoch 001 | Time" in said.out
@@ -162,13 +169,28 @@ def test_our_pipeline_trains_three_heads_and_leaves_a_detector(exported, tmp_pat
         load_checkpoint(folder / "best.ckpt", 10, backbone="resnet18_cifar", normalisation="half")
 
 
-def test_the_exported_test_pipeline_scores_the_runs_detector(exported, run_folder, configs, tmp_path, capsys):
+def test_two_processes_share_the_images_and_end_with_one_network(exported, tmp_path):
+    """Each process trains on half of the images; the bank, made by one, still holds all of them."""
+    settings = "--optimizer.num_epochs 1 --num_workers 0"
+    given = arguments(exported / "sdood" / "dataset.yml", own_files(exported), settings, tmp_path / "results")
+    given[given.index("--num_gpus") + 1] = "2"  # what the host shares its loaders by
+    torch.multiprocessing.spawn(train_in_one, (str(tmp_path), given), nprocs=2)
+    one, two = (read_tensors(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    shares = [tensors.pop("share") for tensors in (one, two)]
+    assert torch.equal(torch.cat(shares).sort().values, torch.arange(128))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    folder = next(tmp_path.rglob("detector.safetensors")).parent
+    bank = load_score(folder).inside
+    assert len(bank.unique(dim=0)) == len(bank) == 128
+    assert load_score(folder).calibration.heldout == [32, 32]
+    assert len(list(tmp_path.rglob("best.ckpt"))) == 1
+
+
+def test_the_exported_test_pipeline_scores_the_runs_detector(exported, tmp_path, capsys):
     from sdood_plugin.hosts.openood.__main__ import main
 
-    files = [str(exported / "sdood" / name) for name in ("ood.yml", "networks/sdood_net.yml", "postprocessors/sdood.yml")]
-    files += [str(configs / name) for name in ("preprocessors/base_preprocessor.yml", "pipelines/test/test_ood.yml")]
-    settings = f"--network.pretrained True --network.checkpoint {run_folder}/detector/detector.safetensors --num_workers 0"
-    assert main(arguments(exported / "sdood" / "dataset.yml", files, settings, tmp_path)) == 0, capsys.readouterr().err
+    given = [*pasted(exported, "this run's detector"), "--num_workers", "0", "--output_dir", str(tmp_path)]
+    assert main(given) == 0, capsys.readouterr().err
     rows = next(tmp_path.rglob("ood.csv")).read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["dataset", "cifar100", "nearood", "tin", "farood"]
 
@@ -330,7 +352,7 @@ def test_training_says_what_is_wrong_before_it_writes(exported, configs, tmp_pat
     assert not (tmp_path / "results").exists()
     if not torch.cuda.is_available():
         assert main([*arguments(dataset, own, "", tmp_path / "results"), "--num_gpus", "1"]) == 2
-        assert "expected 0 on a machine without CUDA" in capsys.readouterr().err
+        assert "expected at most 0, the CUDA devices here" in capsys.readouterr().err
 
 
 def test_a_stock_network_cannot_train_three_heads(exported, tmp_path, host, capsys):

@@ -241,7 +241,7 @@ def test_bad_input_is_one_clear_line(name):
     assert isinstance(caught.value, UsageError)
 
 
-WRONG = {"backbone": "resnet18_cifar", "classes": "3", "image_size": "16"}
+WRONG = {"backbone": "resnet18_cifar", "pooling": "own", "input_size": "", "classes": "3", "image_size": "16"}
 
 
 def test_folders_that_do_not_fit(tmp_path, run_folder):

@@ -9,6 +9,7 @@ import json
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_data_without_cifar10_or_without_any_ood_set_is_one_clear_line(data_root
 
 @pytest.mark.filterwarnings("ignore:AUTC is undefined")  # the host's, of a random backbone's constant logits
 def test_the_script_names_every_detector_of_the_host_beside_ours(data_root, run_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(pytorch_ood_cifar10, "write_result", partial(record.write_result, folder=tmp_path))
     options = [str(data_root), "--backbone", "small_cnn", "--outliers", str(run_folder / "outliers"), "--limit", "8"]
     monkeypatch.setattr(sys, "argv", ["benchmarks/pytorch_ood_cifar10.py", *options])
     before = torch.get_rng_state()

@@ -1,9 +1,10 @@
-"""An outlier depends on its own image and identity alone; the set on disk agrees with itself and resumes."""
+"""The set on disk agrees with itself; killed, split or damaged, it comes to the same bytes."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import random
+import shutil
 
 import numpy as np
 import pytest
@@ -11,132 +12,30 @@ import torch
 from PIL import Image
 
 from sdood_plugin.artifacts import read_csv, read_json
-from sdood_plugin.config import OutliersConfig
-from sdood_plugin.data.images import ImageSet, to_uint8, to_unit
-from sdood_plugin.diffusion.guidance import guidance_terms, wrong_classes
-from sdood_plugin.diffusion.sampling import guided_partial_sample
+from sdood_plugin.data.images import ImageSet, to_unit
+from sdood_plugin.diffusion.guidance import wrong_classes
 from sdood_plugin.errors import RunError
+from sdood_plugin.outliers import writer
+from sdood_plugin.outliers.blocks import file_name, guidance_weights, jobs, start_fractions
 from sdood_plugin.outliers.dataset import OutlierSet
-from sdood_plugin.outliers.generate import blocks, file_name, generate, jobs, sample_batch
-from sdood_plugin.randomness import normal
+from sdood_plugin.outliers.manifest import COLUMNS, MEANINGS
+from sdood_plugin.outliers.storage import prepare
 
 from ..resuming import Killed
+from .making import CONFIG, RANGES, Share, a_recipe, contents, idle, judge, spread_images, write, write_by_processes
 
-CONFIG = OutliersConfig(mode="other", guidance_weight=2.0, start_fraction=0.4, sampler="dpm", sampling_steps=3, batch_size=4)
-SETTINGS = [(mode, sampler) for mode in ("other", "away", "blend", "same") for sampler in ("ddpm", "ddim", "dpm")]
-
-
-def make(unet, tiny, pictures, rows, config=CONFIG):
-    rows = torch.tensor(rows)
-    return sample_batch(unet, pictures.images[rows], pictures.labels[rows], rows, config, tiny, classes=3, seed=9)
-
-
-def nearly_equal(made, expected):
-    """Within one grey level, in at most 0.1 % of the values: what rounding in another place or batch may do."""
-    difference = (made.int() - expected.int()).abs()
-    assert difference.max() <= 1 and (difference > 0).double().mean() <= 0.001
-
-
-@pytest.mark.parametrize(("mode", "sampler"), SETTINGS)
-def test_a_row_depends_neither_on_its_place_nor_on_its_companions(unet, tiny, pictures, mode, sampler):
-    config = dataclasses.replace(CONFIG, mode=mode, sampler=sampler)
-    rows = [[0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [0, 11, 10, 9, 8], [7, 7, 7, 7, 0], [1, 1, 2, 3, 4]]
-    alone = {row: make(unet, tiny, pictures, [row], config)[0] for row in range(12)}
-    made = torch.cat([make(unet, tiny, pictures, chosen, config) for chosen in rows])
-    nearly_equal(made, torch.stack([alone[row] for chosen in rows for row in chosen]))
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-def test_another_batch_size_changes_next_to_nothing(unet, tiny, pictures, batch_size):
-    parts = [make(unet, tiny, pictures, list(range(start, min(start + batch_size, 12)))) for start in range(0, 12, batch_size)]
-    nearly_equal(torch.cat(parts), make(unet, tiny, pictures, range(12)))
-
-
-def test_a_job_has_one_block_and_one_place_in_it():
-    config = dataclasses.replace(CONFIG, per_source=3, sources=10)
-    made = blocks(25, config)
-    assert torch.equal(torch.cat(made), jobs(25, config)) and max(map(len, made)) == config.batch_size
-    fewer = blocks(25, dataclasses.replace(config, per_source=2))  # more copies leave the blocks of the first ones alone
-    assert all(torch.equal(a, b) for a, b in zip(fewer, made, strict=False))
-
-
-def test_the_images_are_outliers_of_the_sampler(unet, tiny, pictures):
-    rows = torch.arange(5)
-    labels = pictures.labels[:5]
-    wrong = wrong_classes(labels, 3, seed=9, index=rows)
-    expected = guided_partial_sample(
-        lambda x, t, c: unet(x, t, class_labels=c, return_dict=False)[0],
-        to_unit(pictures.images[:5]),
-        *guidance_terms("other", 2.0, labels, wrong, 3),
-        lambda draw: normal(9, rows, draw, (3, 8, 8)),
-        tiny,
-        start_fraction=0.4,
-        sampler="dpm",
-        steps=3,
-    )
-    made = make(unet, tiny, pictures, range(5))
-    nearly_equal(made, to_uint8(expected))
-    assert (made != pictures.images[:5]).float().mean() > 0.5
-
-
-@pytest.mark.parametrize("sampler", ["ddpm", "dpm"])
-def test_seed_identity_mode_and_weight_all_matter(unet, tiny, pictures, sampler):
-    config = dataclasses.replace(CONFIG, sampler=sampler)
-    made = [
-        sample_batch(unet, pictures.images[:4], pictures.labels[:4], torch.arange(4) + shift, used, tiny, classes=3, seed=seed)
-        for seed, shift, used in (
-            (0, 0, config),
-            (1, 0, config),
-            (0, 1 << 32, config),
-            (0, 0, dataclasses.replace(config, mode="same")),
-            (0, 0, dataclasses.replace(config, guidance_weight=40.0)),
-            (0, 0, dataclasses.replace(config, start_fraction=0.5)),
-        )
-    ]
-    for first, second in itertools.combinations(made, 2):
-        assert not torch.equal(first, second)
-
-
-def test_pixels_that_are_not_finite_are_an_error(tiny, pictures):
-    def broken(x, t, class_labels, return_dict):
-        return (x * float("nan"),)
-
-    with pytest.raises(RunError, match="NaN or infinite pixels"):
-        make(broken, tiny, pictures, range(3))
-
-
-def test_jobs_are_spread_over_the_sources():
-    assert jobs(3, dataclasses.replace(CONFIG, per_source=2)).tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
-    assert jobs(10, dataclasses.replace(CONFIG, sources=5)).tolist() == [[0, 0], [2, 0], [4, 0], [6, 0], [8, 0]]
-    assert len(jobs(4, dataclasses.replace(CONFIG, sources=9))) == 4
-    names = {file_name(source, copy) for source in (0, 7, 999, 1000, 1_234_567) for copy in (0, 1)}
-    assert len(names) == 10 and "images/0001/0001000_0.png" in names
-
-
-class Share:
-    """One of several processes that work one after the other."""
-
-    def __init__(self, accelerator, index, count):
-        self.device, self.process_index, self.num_processes, self.is_main_process = accelerator.device, index, count, index == 0
-
-    def wait_for_everyone(self):
-        pass
-
-
-def write(folder, unet, tiny, pictures, accelerator, config=CONFIG, key="k", labels=None):
-    labels = pictures.labels if labels is None else labels
-    generate(unet, pictures, labels, config, tiny, classes=3, accelerator=accelerator, seed=9, folder=folder, key=key)
-    return contents(folder)
-
-
-def contents(folder):
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+WEBP = dataclasses.replace(CONFIG, format="webp")
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, unet, tiny, pictures, accelerator):
-    folder = tmp_path_factory.mktemp("set")
-    return folder, write(folder, unet, tiny, pictures, accelerator)
+    folder = tmp_path_factory.mktemp("sets") / "set"
+    return folder, write(folder, unet, a_recipe(pictures, tiny, reference="a judge"), accelerator, judge=judge)
+
+
+@pytest.fixture
+def recipe(pictures, tiny):
+    return a_recipe(pictures, tiny, reference="a judge")
 
 
 @pytest.mark.parametrize(
@@ -146,55 +45,165 @@ def reference(tmp_path_factory, unet, tiny, pictures, accelerator):
         dataclasses.replace(CONFIG, per_source=2, sources=5, mode="blend"),
         dataclasses.replace(CONFIG, mode="away"),
         dataclasses.replace(CONFIG, mode="same", sampler="ddpm"),
+        RANGES,
+        WEBP,
     ],
-    ids=["other", "blend", "away", "same"],
+    ids=["other", "blend", "away", "same", "ranges", "webp"],
 )
 def test_manifest_imglist_and_images_agree(tmp_path, unet, tiny, pictures, accelerator, config):
     labels = (pictures.labels + 1) % 3  # pseudo-labels that are not the true ones
-    files = write(tmp_path, unet, tiny, pictures, accelerator, config, labels=labels)
-    rows = read_csv(tmp_path / "manifest.csv")
-    made = OutlierSet(tmp_path)
-    assert sorted(row["file"] for row in rows) == sorted(name for name in files if name.endswith(".png"))
+    files = write(tmp_path, unet, a_recipe(pictures, tiny, config, labels=labels), accelerator, judge=judge)
+    rows, made = read_csv(tmp_path / "manifest.csv"), OutlierSet(tmp_path)
+    assert tuple(rows[0]) == COLUMNS and MEANINGS.keys() == set(COLUMNS)
+    assert sorted(row["file"] for row in rows) == sorted(name for name in files if name.startswith("images/"))
     assert len({row["file"] for row in rows}) == len(rows) == len(made) == len(jobs(12, config))
     assert read_json(tmp_path / "meta.json")["count"] == len(rows)
     assert (tmp_path / "imglist.txt").read_text().splitlines() == [f"{row['file']} {row['source_label']}" for row in rows]
+    made.verify()
+    pixels = to_unit(pictures.images).double()
     for row, image in zip(rows, made.images, strict=True):
         source, copy = int(row["source_index"]), int(row["copy"])
-        assert row["source"] == pictures.names[source]
-        assert int(row["source_label"]) == int(labels[source])
-        index = torch.tensor([source + copy * 2**32])
+        own, index = int(labels[source]), torch.tensor([source + copy * 2**32])
+        assert (row["source"], int(row["source_label"])) == (pictures.names[source], own)
         wrong = wrong_classes(labels[[source]], 3, seed=9, index=index)[0].tolist()
-        targets = {
-            "other": (str(wrong[0]), ""),
-            "blend": (str(wrong[0]), str(wrong[1])),
-            "away": ("", ""),
-            "same": (row["source_label"], ""),
-        }
-        assert (row["target"], row["target2"]) == targets[config.mode]
-        with Image.open(tmp_path / row["file"]) as opened:
-            assert torch.equal(torch.from_numpy(np.asarray(opened).copy()).permute(2, 0, 1), image)
-        distance = (to_unit(image).double() - to_unit(pictures.images[source]).double()).square().mean().sqrt()
-        assert float(row["distance_to_source"]) == pytest.approx(float(distance), abs=2e-6)
-        # the same image comes out of a batch of its own, padded with itself
-        made_alone = sample_batch(
-            unet, pictures.images[[source] * 4], labels[[source] * 4], index.expand(4), config, tiny, classes=3, seed=9
+        targets = {"other": (wrong[0], ""), "blend": (wrong[0], wrong[1]), "away": ("", ""), "same": (own, "")}
+        assert (row["target"], row["target2"]) == tuple(map(str, targets[config.mode]))
+        assert float(row["guidance_weight"]) == pytest.approx(
+            float(torch.as_tensor(guidance_weights(config, 9, index))), rel=1e-5
         )
-        nearly_equal(made_alone[0], image)
-    assert torch.equal(made.labels, labels[made.sources])
-    image, label, source = made[1]
-    assert torch.equal(image, made.images[1]) and label == made.labels[1] and source == made.sources[1]
+        assert float(row["start_fraction"]) == pytest.approx(float(start_fractions(config, 9, index)), rel=1e-5)
+        with Image.open(tmp_path / row["file"]) as opened:
+            assert opened.format == config.format.upper()
+            assert torch.equal(torch.from_numpy(np.asarray(opened).copy()).permute(2, 0, 1), image)
+        distances = (pixels - to_unit(image).double()).square().mean(dim=(1, 2, 3)).sqrt()
+        assert float(row["distance_to_source"]) == pytest.approx(float(distances[source]), abs=2e-6)
+        assert int(row["nearest_train_index"]) == int(distances.argmin())
+        assert float(row["nearest_train_distance"]) == pytest.approx(float(distances.min()), abs=2e-6)
+        before, after = judge(pictures.images[[source]])[1][0], judge(image[None])[1][0]
+        assert float(row["own_confidence_before"]) == pytest.approx(float(before[own]), abs=2e-6)
+        assert float(row["own_confidence_after"]) == pytest.approx(float(after[own]), abs=2e-6)
+        assert int(row["predicted_after"]) == int(after.argmax())
+        assert float(row["confidence_after"]) == pytest.approx(float(after.max()), abs=2e-6)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_set_does_not_depend_on_the_number_of_processes(tmp_path, unet, tiny, pictures, accelerator, reference, processes):
-    for index in reversed(range(processes)):  # the main one last: it writes the lists
-        if index == processes - 1:
-            (tmp_path / "in-progress.json").write_text('{"key": "k"}')
-        write(tmp_path, unet, tiny, pictures, Share(accelerator, index, processes))
-    assert contents(tmp_path) == reference[1]
+def test_without_a_judge_its_columns_are_empty(tmp_path, unet, tiny, pictures, accelerator):
+    write(tmp_path, unet, a_recipe(pictures, tiny), accelerator)
+    for row in read_csv(tmp_path / "manifest.csv"):
+        assert not any(row[name] for name in ("reference", "own_confidence_before", "predicted_after", "confidence_after"))
+        assert float(row["nearest_train_distance"]) <= float(row["distance_to_source"]) + 1e-6
 
 
-def test_a_killed_generation_resumes_to_the_same_bytes(tmp_path, unet, tiny, pictures, accelerator, reference):
+def test_the_meta_says_what_the_set_was_made_with(reference, pictures):
+    meta = read_json(reference[0] / "meta.json")
+    assert (meta["unet_sha256"], meta["reference_sha256"], meta["seed"], meta["classes"]) == ("a tiny U-Net", "a judge", 9, 3)
+    assert meta["sources_sha256"] == pictures.fingerprint()
+    assert meta["config"]["guidance_weight"] == 2.0 and meta["diffusion"]["size"] == "tiny" and "torch" in meta["versions"]
+
+
+def test_the_data_card_says_what_the_set_is(tmp_path, unet, tiny, pictures, accelerator, reference):
+    card = (reference[0] / "README.md").read_text()
+    stay = sum(row["predicted_after"] == row["source_label"] == "1" for row in read_csv(reference[0] / "manifest.csv"))
+    assert "# 12 semantic-discrepant outliers" in card and f"| 1 | 4 | {stay} |" in card
+    assert "inherit their licence" in card and "`own_confidence_before`" in card and "top to bottom: source, outlier." in card
+    with Image.open(reference[0] / "examples.png") as figure:
+        assert figure.size == (12 * 66 + 2, 2 * 66 + 2)
+    same = dataclasses.replace(CONFIG, mode="same")
+    write(tmp_path / "controls", unet, a_recipe(pictures, tiny, same), accelerator)
+    write(tmp_path / "outliers", unet, a_recipe(pictures, tiny), accelerator, controls=tmp_path / "controls")
+    assert "# 12 same-class controls" in (tmp_path / "controls" / "README.md").read_text()
+    assert "source, same-class control, outlier" in (tmp_path / "outliers" / "README.md").read_text()
+    with Image.open(tmp_path / "outliers" / "examples.png") as figure:
+        assert figure.size == (12 * 66 + 2, 3 * 66 + 2)
+
+
+@pytest.mark.parametrize("config", [CONFIG, RANGES], ids=["values", "ranges"])
+def test_processes_and_shards_come_to_the_same_bytes(tmp_path, unet, tiny, pictures, accelerator, config):
+    recipe = a_recipe(pictures, tiny, config, reference="a judge")
+    whole = write(tmp_path / "whole", unet, recipe, accelerator, judge=judge)
+    assert write_by_processes(tmp_path / "processes", 3, unet, recipe, accelerator, judge=judge) == whole
+    shards = [tmp_path / f"{i}-of-2" for i in (1, 2)]
+    for i, folder in enumerate(shards, 1):
+        write_by_processes(folder, 2, unet, recipe, accelerator, judge=judge, shard=(i, 2))
+        with pytest.raises(RunError, match="meta.json"):
+            OutlierSet(folder)
+    assert write(tmp_path / "merged", idle, recipe, accelerator, judge=judge, shards=shards) == whole
+
+
+@pytest.mark.parametrize("shard", [None, (2, 2)])
+def test_a_process_makes_its_share_and_no_other(tmp_path, unet, accelerator, recipe, shard):
+    prepare(tmp_path, recipe.key)
+    made = write(tmp_path, unet, recipe, Share(accelerator, 1, 2), judge=judge, shard=shard)
+    expected = [file_name(source, 0) for source in range(4, 8)] if shard is None else []  # three blocks of four
+    assert [name for name in made if name.startswith("images/")] == expected
+
+
+def test_a_merge_refuses_what_is_not_whole(tmp_path, unet, tiny, pictures, accelerator, recipe):
+    one, two, merged = tmp_path / "1", tmp_path / "2", tmp_path / "merged"
+    write(one, unet, recipe, accelerator, judge=judge, shard=(1, 2))
+    with pytest.raises(RunError, match=r"no block 1 .*make the missing shard"):
+        write(merged, idle, recipe, accelerator, shards=[one])
+    write(two, unet, a_recipe(pictures, tiny, unet_sha256="another"), accelerator, shard=(2, 2))
+    with pytest.raises(RunError, match="made with other settings, images or models"):
+        write(merged, idle, recipe, accelerator, shards=[one, two])
+    write(two, unet, recipe, accelerator, judge=judge, shard=(2, 2))
+    damaged = two / file_name(5, 0)
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    with pytest.raises(RunError, match="absent or not what they were"):
+        write(merged, idle, recipe, accelerator, shards=[one, two])
+    write(two, unet, recipe, accelerator, judge=judge, shard=(2, 2))  # the same command again mends it
+    write(merged, idle, recipe, accelerator, judge=judge, shards=[one, two])
+    OutlierSet(merged).verify()
+
+
+def test_killed_at_ten_random_moments_it_comes_to_the_same_bytes(
+    tmp_path, unet, tiny, pictures, accelerator, recipe, reference, monkeypatch
+):
+    """Every file that is opened, every forward and every list is a moment; half-written files are among what is left."""
+    moments, chosen = [], random.Random(0)
+    original, encode = writer.store, writer.encode
+
+    def dying(work, leave=None):
+        def attempt(*args, **kwargs):
+            moments.append(1)
+            if len(moments) >= limit:
+                if leave is not None:
+                    leave(*args)
+                raise Killed
+            return work(*args, **kwargs)
+
+        return attempt
+
+    def half(folder, name, data):
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    limit = 10**9
+    monkeypatch.setattr(writer, "store", dying(original, half))
+    monkeypatch.setattr(writer, "encode", dying(encode))
+    monkeypatch.setattr(writer, "write_csv", dying(writer.write_csv))
+    write(tmp_path / "counted", dying(unet), recipe, accelerator, judge=judge)
+    total = len(moments)
+    for number, limit in enumerate(sorted(chosen.sample(range(1, total + 1), 10))):
+        moments.clear()
+        folder = tmp_path / str(number)
+        with pytest.raises(Killed):
+            write(folder, dying(unet), recipe, accelerator, judge=judge)
+        limit = 10**9
+        assert write(folder, unet, recipe, accelerator, judge=judge) == reference[1]
+
+
+@pytest.mark.parametrize("step", ["write_lists", "write_card", "finished"])
+def test_killed_while_finishing_it_comes_to_the_same_bytes(tmp_path, unet, accelerator, recipe, reference, monkeypatch, step):
+    def dying(*args):
+        raise Killed
+
+    monkeypatch.setattr(f"sdood_plugin.outliers.generate.{step}", dying)
+    with pytest.raises(Killed):
+        write(tmp_path, unet, recipe, accelerator, judge=judge)
+    monkeypatch.undo()
+    assert write(tmp_path, idle, recipe, accelerator, judge=judge) == reference[1]
+
+
+def test_whole_blocks_are_kept_and_nothing_else(tmp_path, unet, accelerator, recipe, reference):
     calls = []
 
     def dying(*args, **kwargs):
@@ -204,124 +213,121 @@ def test_a_killed_generation_resumes_to_the_same_bytes(tmp_path, unet, tiny, pic
         return unet(*args, **kwargs)
 
     with pytest.raises(Killed):
-        write(tmp_path, dying, tiny, pictures, accelerator)
-    before = {name: (tmp_path / name).stat().st_mtime_ns for name in contents(tmp_path) if name.endswith(".png")}
+        write(tmp_path, dying, recipe, accelerator, judge=judge)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in contents(tmp_path) if name.startswith("images/")}
     assert len(before) == 4 and not (tmp_path / "meta.json").exists()
     with pytest.raises(RunError, match="meta.json"):
         OutlierSet(tmp_path)  # half a set is none
-    assert write(tmp_path, unet, tiny, pictures, accelerator) == reference[1]
-    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in before.items())  # kept, not made again
+    assert write(tmp_path, unet, recipe, accelerator, judge=judge) == reference[1]
+    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in before.items())
 
 
-def test_lost_files_are_made_again(tmp_path, unet, tiny, pictures, accelerator, reference):
-    write(tmp_path, unet, tiny, pictures, accelerator)
-    for lost in (0, 5, 11):
-        (tmp_path / file_name(lost, 0)).unlink()
-    kept = tmp_path / file_name(3, 0)
-    time = kept.stat().st_mtime_ns
-    assert write(tmp_path, unet, tiny, pictures, accelerator) == reference[1]
-    assert kept.stat().st_mtime_ns == time
+def copied(reference, tmp_path):
+    shutil.copytree(reference[0], tmp_path / "set")
+    return tmp_path / "set"
 
 
-def test_killed_after_the_last_image(tmp_path, unet, tiny, pictures, accelerator, reference):
-    write(tmp_path, unet, tiny, pictures, accelerator)
-    for name in ("meta.json", "manifest.csv", "imglist.txt"):
-        (tmp_path / name).unlink()
-    (tmp_path / "in-progress.json").write_text('{"key": "k"}')
+@pytest.mark.parametrize("what", ["lost", "halved", "swapped", "linked", "a folder"])
+def test_a_finished_set_mends_what_is_lost_halved_or_swapped(tmp_path, unet, accelerator, recipe, reference, what):
+    folder = copied(reference, tmp_path)
+    first, second, kept = (folder / file_name(source, 0) for source in (0, 5, 8))
+    data, time = first.read_bytes(), kept.stat().st_mtime_ns
+    first.unlink()
+    if what == "halved":
+        first.write_bytes(data[:40])
+    if what == "swapped":
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(data)
+    if what == "linked":
+        (tmp_path / "elsewhere").write_bytes(data)
+        first.symlink_to(tmp_path / "elsewhere")
+    if what == "a folder":
+        first.mkdir()
+        with pytest.raises(RunError, match=r"writing .*free space and give the same command again"):
+            write(folder, unet, recipe, accelerator, judge=judge)
+        first.rmdir()
+    assert write(folder, unet, recipe, accelerator, judge=judge) == reference[1]
+    assert kept.stat().st_mtime_ns == time and not first.is_symlink()
 
-    def idle(*args, **kwargs):
-        raise AssertionError("there is nothing left to make")
 
-    assert write(tmp_path, idle, tiny, pictures, accelerator) == reference[1]
+def test_a_manifest_that_was_changed_vouches_for_nothing(tmp_path, unet, accelerator, recipe, reference):
+    folder = copied(reference, tmp_path)
+    (folder / "manifest.csv").write_text((folder / "manifest.csv").read_text().replace("other", "away"))
+    assert write(folder, unet, recipe, accelerator, judge=judge) == reference[1]
+
+
+def test_a_whole_set_is_not_made_again(tmp_path, accelerator, recipe, reference):
+    assert write(copied(reference, tmp_path), idle, recipe, accelerator, judge=judge) == reference[1]
+
+
+def test_another_judge_judges_the_images_that_are_there(tmp_path, unet, tiny, pictures, accelerator, reference):
+    folder = copied(reference, tmp_path)
+    other = a_recipe(pictures, tiny, reference="another judge")
+
+    def contrary(images):
+        features, probabilities = judge(images)
+        return features, probabilities.flip(1)
+
+    made = write(folder, idle, other, accelerator, judge=contrary)
+    assert made == write(tmp_path / "fresh", unet, other, accelerator, judge=contrary)
+    assert made["manifest.csv"] != reference[1]["manifest.csv"] and made["imglist.txt"] == reference[1]["imglist.txt"]
 
 
 def test_every_batch_has_the_same_shape(tmp_path, unet, tiny, pictures, accelerator):
     # other shapes may take other kernels, which round differently: five images in batches of four are padded
-    shapes = set()
+    shapes, judged = set(), set()
 
     def recording(x, *args, **kwargs):
         shapes.add(tuple(x.shape))
         return unet(x, *args, **kwargs)
 
-    write(tmp_path, recording, tiny, pictures, accelerator, dataclasses.replace(CONFIG, sources=5))
-    assert shapes == {(8, 3, 8, 8)}  # two conditions of four images
+    def seeing(images):
+        judged.add(tuple(images.shape))
+        return judge(images)
+
+    config = dataclasses.replace(CONFIG, sources=5)
+    write(tmp_path, recording, a_recipe(pictures, tiny, config, reference="x"), accelerator, judge=seeing)
+    assert shapes == {(8, 3, 8, 8)} and judged == {(4, 3, 8, 8)}  # two conditions of four images
 
 
-def test_another_key_starts_over(tmp_path, unet, tiny, pictures, accelerator):
-    write(tmp_path, unet, tiny, pictures, accelerator, key="old")
-    other = dataclasses.replace(CONFIG, mode="away", sources=4)
+def test_another_recipe_starts_over(tmp_path, unet, tiny, pictures, accelerator):
+    write(tmp_path, unet, a_recipe(pictures, tiny, unet_sha256="old"), accelerator)
+    other = a_recipe(pictures, tiny, dataclasses.replace(CONFIG, mode="away", sources=4))
 
     def dead(*args, **kwargs):
         raise Killed
 
     with pytest.raises(Killed):
-        write(tmp_path, dead, tiny, pictures, accelerator, config=other, key="new")
+        write(tmp_path, dead, other, accelerator)
     assert set(contents(tmp_path)) == {"in-progress.json"}  # nothing of the old set can be taken for the new one
-    made = write(tmp_path, unet, tiny, pictures, accelerator, config=other, key="new")
-    assert sum(name.endswith(".png") for name in made) == 4
-    assert made == write(tmp_path / "fresh", unet, tiny, pictures, accelerator, config=other, key="new")
+    made = write(tmp_path, unet, other, accelerator)
+    assert sum(name.startswith("images/") for name in made) == 4
+    assert made == write(tmp_path.with_name("fresh"), unet, other, accelerator)
+
+
+def test_whether_controls_are_wanted_changes_no_outlier(pictures, tiny):
+    wanted, unwanted = (a_recipe(pictures, tiny, dataclasses.replace(CONFIG, controls=value)) for value in (True, False))
+    assert wanted.key == unwanted.key != a_recipe(pictures, tiny, WEBP).key
 
 
 def test_more_copies_keep_the_first_ones(tmp_path, unet, tiny, pictures, accelerator, reference):
-    two = write(tmp_path, unet, tiny, pictures, accelerator, dataclasses.replace(CONFIG, per_source=2))
-    first = {name: data for name, data in reference[1].items() if name.endswith(".png")}
+    two = write(tmp_path, unet, a_recipe(pictures, tiny, dataclasses.replace(CONFIG, per_source=2)), accelerator)
+    first = {name: data for name, data in reference[1].items() if name.startswith("images/")}
     assert {name: two[name] for name in first} == first
     second = [data for name, data in two.items() if name.endswith("_1.png")]
     assert len(second) == 12 and not set(second) & set(first.values())
 
 
-def tampered(folder, what):
-    manifest = folder / "manifest.csv"
-    first = folder / file_name(0, 0)
-    if what == "a row less":
-        manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
-    if what == "an image less":
-        first.unlink()
-    if what == "half an image":
-        first.write_bytes(first.read_bytes()[:60])
-    if what == "another size":
-        Image.new("RGB", (9, 9)).save(first)
-    if what == "no image":
-        first.write_bytes(b"hello")
-    if what == "a way out":
-        manifest.write_text(manifest.read_text().replace("images/0000/0000000_0.png", "../../etc/passwd.png"))
-    if what == "a path from the root":
-        manifest.write_text(manifest.read_text().replace("images/0000/0000000_0.png", "/etc/passwd.png"))
-    if what == "no manifest":
-        manifest.unlink()
-    if what == "no meta":
-        (folder / "meta.json").unlink()
-    if what == "half a meta":
-        (folder / "meta.json").write_text("{")
+def test_a_set_of_one_source_with_an_odd_name(tmp_path, unet, tiny, pictures, accelerator):
+    one = ImageSet(pictures.images[:1], ['a,"b"\nc.png'])
+    write(tmp_path, unet, dataclasses.replace(a_recipe(pictures, tiny), sources=one, labels=torch.tensor([2])), accelerator)
+    made = OutlierSet(tmp_path)
+    assert len(made) == 1 and made.manifest[0]["source"] == 'a,"b"\nc.png'
 
 
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("a row less", "11 rows.*12 as in meta.json"),
-        ("an image less", "0000000_0.png"),
-        ("half an image", "0000000_0.png"),
-        ("another size", "another size"),
-        ("no image", "0000000_0.png"),
-        ("a way out", "inside the folder"),
-        ("a path from the root", "inside the folder"),
-        ("no manifest", "manifest.csv"),
-        ("no meta", "meta.json"),
-        ("half a meta", "meta.json"),
-    ],
-)
-def test_a_set_that_disagrees_with_itself_is_refused(tmp_path, reference, what, message):
-    import shutil
-
-    folder = tmp_path / "set"
-    shutil.copytree(reference[0], folder)
-    assert len(OutlierSet(folder)) == 12
-    tampered(folder, what)
-    with pytest.raises(RunError, match=message):
-        OutlierSet(folder)
-
-
-def test_a_set_of_one_source(tmp_path, unet, tiny, pictures, accelerator):
-    one = ImageSet(pictures.images[:1], pictures.names[:1])
-    generate(unet, one, torch.tensor([2]), CONFIG, tiny, classes=3, accelerator=accelerator, seed=9, folder=tmp_path, key="")
-    assert len(OutlierSet(tmp_path)) == 1
+def test_a_set_in_many_folders(tmp_path, unet, tiny, accelerator):
+    many = ImageSet(spread_images(1001), [f"{i}.png" for i in range(1001)])
+    config = dataclasses.replace(CONFIG, sampling_steps=1, batch_size=512, mode="same")
+    recipe = dataclasses.replace(a_recipe(many, tiny, config, labels=torch.zeros(1001, dtype=torch.int64)))
+    files = write(tmp_path, unet, recipe, accelerator)
+    assert {name.split("/")[1] for name in files if name.startswith("images/")} == {"0000", "0001"}

@@ -1,128 +1,161 @@
-"""The figures of an outlier set, on sets whose figures are known."""
+"""The report of an outlier set on disk, its grids, and the features its distances are taken of."""
 
 from __future__ import annotations
 
-import types
+import json
+from unittest import mock
+from urllib.error import URLError
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
+import torch_fidelity
+from PIL import Image
 
-from sdood_plugin.data.images import to_unit
-from sdood_plugin.outliers.inspect import frechet_distance, set_quality
+from sdood_plugin.artifacts import read_tensors
+from sdood_plugin.cli import main
+from sdood_plugin.config import InspectionConfig, SelectionConfig
+from sdood_plugin.data.images import ImageSet
+from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.outliers import fidelity
+from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.outliers.fidelity import INCEPTION, Features, distances, load_features, pixel_features
+from sdood_plugin.outliers.inspect import grids, report_set
 
+from .handmade import write_set
 
-@pytest.mark.parametrize(("n", "m", "width"), [(60, 40, 5), (200, 300, 12), (9, 11, 20)])
-def test_frechet_distance_equals_scipys_matrix_root(n, m, width):
-    random = np.random.default_rng(width)
-    mix = random.normal(size=(width, width))
-    a, b = random.normal(size=(n, width)), random.normal(size=(m, width)) @ mix + 0.5
-    c1, c2 = np.cov(a.T), np.cov(b.T)
-    jitter = 1e-10 * np.eye(width)  # sqrtm needs full rank, n < width has not
-    root = scipy.linalg.sqrtm((c1 + jitter) @ (c2 + jitter)).real
-    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c1 + c2 - 2 * root)
-    assert frechet_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, rel=1e-3, abs=1e-3)
-
-
-def test_frechet_distance_in_closed_form(generator):
-    a = torch.randn(50, 4, generator=generator)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
-    assert frechet_distance(a, a + 3) == pytest.approx(4 * 9, rel=1e-5)
-    assert frechet_distance(a, 2 * (a - a.mean(0)) + a.mean(0)) == pytest.approx(
-        float(torch.cov(a.T).trace()), rel=1e-4
-    )  # (2 - 1)^2 tr C
+CPU = torch.device("cpu")
+PIXELS = Features("pixels", pixel_features)
 
 
-def naive_border_correlation(first, second):
-    """The correlation of the outer ring, smoothed by a 3 x 3 mean that ignores what lies outside."""
-    total = []
-    for a, b in zip(first.double() / 127.5 - 1, second.double() / 127.5 - 1, strict=True):
-        side = a.shape[-1]
-        ring = max(1, side // 8)
-        values = []
-        for image in (a.numpy(), b.numpy()):
-            values.append(
-                [
-                    image[c, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].mean()
-                    for c in range(3)
-                    for y in range(side)
-                    for x in range(side)
-                    if min(y, x, side - 1 - y, side - 1 - x) < ring
-                ]
-            )
-        total.append(np.corrcoef(values)[0, 1])
-    return float(np.mean(total))
+def some_images(count, side=16, seed=0):
+    return torch.randint(256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def a_set(images, labels, sources):
-    class Set(types.SimpleNamespace):
-        def __len__(self):
-            return len(self.images)
-
-    return Set(images=images, labels=torch.tensor(labels), sources=torch.tensor(sources))
+@pytest.fixture
+def train():
+    return ImageSet(some_images(10), [f"{i}.png" for i in range(10)])
 
 
-def judge_by_brightness(images):
-    """Three classes: dark, middle, bright; sure of dark and bright, not of the middle."""
-    level = images.float().mean(dim=(1, 2, 3))
-    probabilities = torch.tensor([[0.95, 0.05, 0.0], [0.2, 0.6, 0.2], [0.0, 0.05, 0.95]])[(level / 86).long().clamp(max=2)]
-    return images.float().flatten(1)[:, :4] / 255, probabilities
+def test_a_set_of_copies_of_the_training_images_is_found_out(train, tmp_path):
+    made = OutlierSet(write_set(tmp_path / "set", train.images, nearest_train_distance=[0.0] * 10))
+    found = report_set(made, train, PIXELS, SelectionConfig(), InspectionConfig())
+    assert found["stay_rate"] == 100 and found["near_duplicate_rate"] == 100 and found["distance_to_source"] == 0
+    assert found["fidelity"]["fd"] == pytest.approx(0, abs=1e-5) and found["fidelity"]["n_real"] == 10
+    json.dumps(found)
 
 
-def test_rates_of_a_set_made_by_hand(generator):
-    train = torch.randint(0, 60, (6, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    train[3:] += 190
-    made = a_set(
-        torch.stack(
-            [
-                train[0],  # a copy: stays
-                torch.full((3, 16, 16), 128, dtype=torch.uint8),  # neither
-                train[4] // 2 + 120,  # flips from dark to bright
-                train[3],  # a copy: stays
-                train[2],  # flips from bright to dark, and is a copy of another training image
-            ]
-        ),
-        [0, 0, 0, 2, 2],
-        [0, 1, 2, 3, 4],
+def test_a_set_made_of_other_images_is_refused(train, tmp_path):
+    made = OutlierSet(write_set(tmp_path / "set", some_images(4, seed=1), source_index=[0, 3, 2, 9]))
+    report_set(made, train, PIXELS, SelectionConfig(), InspectionConfig())
+    other = ImageSet(train.images, [f"other/{i}.png" for i in range(10)])
+    with pytest.raises(RunError, match="'other/0.png' at position 0"):
+        report_set(made, other, PIXELS, SelectionConfig(), InspectionConfig())
+    with pytest.raises(RunError, match="5 images"):
+        report_set(made.take(torch.tensor([3])), train.subset(torch.arange(5)), PIXELS, SelectionConfig(), InspectionConfig())
+
+
+def test_grids_show_an_outlier_of_every_pair_and_of_every_setting(tmp_path):
+    labels, targets = [0, 0, 1, 2, 1, 0], [1, 2, 0, 1, 0, 1]
+    weights, starts = [2, 2, 4, 2, 4, 4], [0.1, 0.3, 0.1, 0.2, 0.2, 0.1]
+    made = write_set(
+        tmp_path / "set", some_images(6), source_label=labels, target=targets, guidance_weight=weights, start_fraction=starts
     )
-    found = set_quality(made, train, judge_by_brightness)
-    assert found["count"] == 5
+    found = grids(OutlierSet(made))
+    pair = found["class-pair"]
+    assert pair["rows"] == ["of 0", "of 1", "of 2"] and pair["columns"] == ["towards 0", "towards 1", "towards 2"]
+    assert pair["index"] == [[-1, 0, 1], [2, -1, -1], [-1, 3, -1]]
+    assert found["guidance_weight"]["rows"] == ["w = 2", "w = 4"]
+    assert found["guidance_weight"]["index"] == [[0, 1, 3], [2, 4, 5]]
+    assert found["start_fraction"]["rows"] == ["S = 0.1", "S = 0.2", "S = 0.3"]
+    assert found["start_fraction"]["index"] == [[0, 2, 5], [3, 4, -1], [1, -1, -1]]
+
+
+def test_without_a_target_the_pair_is_source_and_what_is_seen(tmp_path):
+    made = write_set(tmp_path / "set", some_images(3), target=[""] * 3, source_label=[1, 1, 2], predicted_after=[0, 1, 0])
+    pair = grids(OutlierSet(made))["class-pair"]
+    assert pair["columns"] == ["seen as 0", "seen as 1"] and pair["index"] == [[0, 1], [2, -1]]
+
+
+def test_a_bare_folder_gives_grids_and_with_its_images_the_quality(tmp_path, train, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, image in zip(train.names, train.images, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / name)
+    made = write_set(tmp_path / "set", some_images(8, seed=3), start_fraction=[0.1, 0.2] * 4)
+    out = tmp_path / "seen"
+    assert main(["inspect", str(made), "--out", str(out)]) == 0
+    assert str(out / "report.html") in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "FID" not in page and not (out / "inspection" / "quality.json").exists()
+    shown = read_tensors(out / "inspection" / "grids.safetensors")["start_fraction"]
+    assert torch.equal(shown, OutlierSet(made).images[[0, 2, 4, 6, 1, 3, 5, 7]].reshape(2, 4, 3, 16, 16))
+    settings = ["--images", str(pictures), "--data.image_size", "16", "--inspection.features", "pixels"]
+    assert main(["inspect", str(made), "--out", str(out), *settings]) == 0
+    quality = json.loads((out / "inspection" / "quality.json").read_text())["set"]
+    assert quality["count"] == 8 and quality["stay_rate"] == 100 and quality["fidelity"]["n_real"] == 10
+    assert "FD " in (out / "report.html").read_text() and "set by S" in (out / "report.html").read_text()
     assert (
-        found["stay_rate"] == pytest.approx(40)
-        and found["flip_rate"] == pytest.approx(40)
-        and found["ambiguous_rate"] == pytest.approx(20)
+        main(["inspect", str(made), "--out", str(made / "seen")]) == 2
+        and main(["inspect", str(made), "--out", str(pictures)]) == 2
     )
-    assert found["near_duplicate_rate"] == pytest.approx(60)
-    assert found["source_accuracy"] == 100
-    sources = train[made.sources]
-    assert found["distance_to_source"] == pytest.approx(
-        float((to_unit(made.images) - to_unit(sources)).double().square().mean((1, 2, 3)).sqrt().mean()), rel=1e-5
-    )
-    assert found["judged"]["class"] == [0, 1, 2, 2, 0]
+    assert sorted(path.name for path in pictures.iterdir()) == sorted(train.names)
 
 
-@pytest.mark.parametrize("side", [8, 16, 32])
-def test_border_correlation_equals_the_loop(generator, side):
-    train = torch.randint(256, (4, 3, side, side), generator=generator, dtype=torch.uint8)
-    images = (train.float() * 0.6 + 0.4 * torch.randint(256, train.shape, generator=generator)).to(torch.uint8)
-    found = set_quality(a_set(images, [0] * 4, range(4)), train, judge_by_brightness)
-    assert found["border_correlation"] == pytest.approx(naive_border_correlation(images, train), abs=1e-5)
-    assert found["border_correlation_random"] == pytest.approx(naive_border_correlation(images, train.roll(2, 0)), abs=1e-5)
-    assert found["border_correlation"] > found["border_correlation_random"] + 0.2
+def test_features_by_name(tmp_path):
+    images = some_images(5)
+    assert load_features(InspectionConfig("pixels"), CPU).of(images).shape == (5, 192)
+    assert load_features(InspectionConfig(), CPU, PIXELS) is PIXELS
+    with pytest.raises(UsageError, match="reference"):
+        load_features(InspectionConfig(), CPU)
+    for wrong in (("pixels", "x.pth"), ("resnet18", None)):
+        with pytest.raises(UsageError, match="inspection.weights"):
+            InspectionConfig(*wrong)
 
 
-def test_the_random_comparison_never_meets_the_own_source(generator):
-    # three copies of every source, each an exact copy of it: an own source among the random ones would correlate perfectly
-    train = torch.randint(256, (5, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    sources = [source for source in range(5) for _ in range(3)]
-    found = set_quality(a_set(train[sources], [0] * 15, sources), train, judge_by_brightness)
-    assert found["border_correlation"] == pytest.approx(1, abs=1e-5)
-    assert abs(found["border_correlation_random"]) < 0.2
+def test_pixel_features_are_block_means():
+    images = some_images(2)
+    naive = (images.numpy() / 127.5 - 1).reshape(2, 3, 8, 2, 8, 2).mean(axis=(3, 5)).reshape(2, -1)
+    np.testing.assert_allclose(pixel_features(images).numpy(), naive, atol=1e-6)
 
 
-def test_a_copy_is_found_below_two_and_a_half_grey_levels(generator):
-    train = torch.randint(10, 240, (3, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    for levels, rate in ((0, 100), (2, 100), (3, 0)):
-        found = set_quality(a_set(train + levels, [0] * 3, range(3)), train, judge_by_brightness)
-        assert found["near_duplicate_rate"] == rate
+def test_without_inception_weights_the_substitute_is_named_and_is_no_fid(monkeypatch, caplog):
+    def unreachable(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", unreachable)
+    found = load_features(InspectionConfig("inception"), CPU, Features("the reference network's features", pixel_features))
+    assert found.name == "the reference network's features" and "no FID" in caplog.text
+    far = distances(found.of(some_images(5)), found.of(some_images(6)), found.name, InspectionConfig("inception"))
+    assert "fd" in far and "fid" not in far
+    assert load_features(InspectionConfig("inception"), CPU).name == "pixels averaged to 8 x 8"
+
+
+def test_inception_weights_that_are_none_are_refused(tmp_path):
+    (tmp_path / "text.pth").write_bytes(b"no weights")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
+    torch.save(InspectionConfig(), tmp_path / "code.pth")  # a pickle that is more than tensors
+    for name in ("absent.pth", "text.pth", "other.pth", "code.pth"):
+        with pytest.raises(UsageError, match="inspection.weights") as error:
+            load_features(InspectionConfig("inception", str(tmp_path / name)), CPU)
+        assert "\n" not in str(error.value)
+
+
+def test_fid_is_taken_of_torch_fidelitys_features(tmp_path):
+    """Random Inception weights in a file: the features are those of the network they came from, the names FID and KID."""
+    extractor = torch_fidelity.FeatureExtractorInceptionV3
+    with mock.patch.object(extractor, "load_state_dict"), mock.patch(f"{extractor.__module__}.load_state_dict_from_url"):
+        network = extractor("inception-v3-compat", ["2048"], verbose=False)
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    features = load_features(InspectionConfig("inception", str(tmp_path / "inception.pth")), CPU)
+    images = some_images(2, 32)
+    found = features.of(images)
+    torch.testing.assert_close(found, network(images)[0])
+    far = distances(found, found.flip(1), features.name, InspectionConfig("inception"))
+    assert features.name == INCEPTION and {"fid", "kid", "kid_std"} <= far.keys() and not {"fd", "kd"} & far.keys()
+
+
+def test_a_download_that_fails_is_not_confused_with_a_broken_file():
+    assert issubclass(URLError, OSError)
+    with mock.patch.object(fidelity, "_inception", side_effect=PermissionError("no")), pytest.raises(PermissionError):
+        load_features(InspectionConfig("inception"), CPU)

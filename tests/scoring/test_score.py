@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 
+from sdood_plugin.artifacts import read_json, write_json
 from sdood_plugin.config import ScoringConfig
 from sdood_plugin.errors import RunError, UsageError
-from sdood_plugin.scoring.score import distance_and_votes, fit_score
+from sdood_plugin.neighbours import Bank
+from sdood_plugin.scoring import score as score_module
+from sdood_plugin.scoring.reduction import reduce_banks
+from sdood_plugin.scoring.score import fit_score
 from sdood_plugin.scoring.storage import load_score, save_score
+
+FAISS = find_spec("faiss") is not None
+
+
+def distance_and_votes(features, inside, outliers, k_distance, k_vote):
+    banks = Bank(inside), None if outliers is None or not len(outliers) else Bank(outliers)
+    return score_module.distance_and_votes(features, *banks, k_distance, k_vote)
 
 
 def squared(a, b):
@@ -180,3 +192,89 @@ def test_scores_survive_the_disk(tmp_path, generator, banks):
     loaded = load_score(tmp_path)
     assert loaded.config == score.config and loaded.calibration == score.calibration
     assert torch.equal(loaded(queries), score(queries))
+
+
+def test_scores_of_another_version_are_refused(tmp_path, generator, banks):
+    _, inside, outliers = banks
+    save_score(tmp_path, fit_score(inside, outliers, *heldout(generator), ScoringConfig()))
+    settings = read_json(tmp_path / "score.json")
+    del settings["calibration"]["false_alarm_interval"]
+    write_json(tmp_path / "score.json", settings)
+    with pytest.raises(RunError, match="train-detector"):
+        load_score(tmp_path)
+
+
+def test_what_is_scored_together_changes_nothing(generator, banks):
+    queries, inside, outliers = banks
+    score = fit_score(inside, outliers, *heldout(generator), ScoringConfig(alpha=0.3))
+    alone = torch.cat([score(query[None]) for query in queries])
+    torch.testing.assert_close(score(queries), alone, rtol=1e-6, atol=1e-7)
+    assert score(queries[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("faiss", marks=pytest.mark.skipif(not FAISS, reason="faiss is not installed"))]
+)
+@pytest.mark.parametrize("kind", ["far apart", "constant", "tight"])
+def test_terms_of_awkward_features_equal_the_loops(generator, backend, kind):
+    noise = torch.randn(30, 4, generator=generator)
+    features = {
+        "far apart": torch.cat([1e4 + noise[:15], -1e4 + noise[15:]]),
+        "constant": torch.full((30, 4), 7.0),
+        "tight": 1 + 1e-4 * noise,
+    }[kind]
+    queries, inside, outliers = features[::3], features[1::3], features[2::3] + (0 if kind == "constant" else 1e-4)
+    terms = score_module.distance_and_votes(queries, Bank(inside, backend=backend), Bank(outliers, backend=backend), 2, 5)
+    expected = naive_terms(queries, inside, outliers, 2, 5)
+    torch.testing.assert_close(terms[0].double(), expected[0], rtol=1e-5, atol=0)
+    assert torch.equal(terms[1].double(), expected[1])
+
+
+def test_outliers_that_crowd_in_do_not_hide_the_nearest_images(generator):
+    query = torch.zeros(1, 4)
+    inside, outliers = 5 + torch.randn(40, 4, generator=generator), 0.01 * torch.randn(300, 4, generator=generator)
+    distance, votes = distance_and_votes(query, inside, outliers, 3, 50)
+    torch.testing.assert_close(distance.double(), naive_terms(query, inside, outliers, 3, 50)[0], rtol=1e-6, atol=0)
+    assert votes.tolist() == [50]
+
+
+def test_held_out_scores_make_the_threshold_and_its_interval(generator, banks):
+    _, inside, outliers = banks
+    near, far = heldout(generator, 50)
+    score = fit_score(inside, outliers, near, far, ScoringConfig())
+    assert torch.equal(score.heldout, score(near).sort().values)
+    again = score.threshold(0.05)
+    assert [again.low, again.high] == score.calibration.false_alarm_interval and again.value == score.calibration.threshold
+    assert again.low < 0.05 < again.high < score.threshold(0.3).high
+    assert float(score.p_values(score(near)).min()) == pytest.approx(1 / 51 + 1 / 51)
+
+
+def test_a_bank_is_reduced_by_one_factor_to_centres_of_unit_length(generator):
+    inside, outliers = torch.randn(300, 4, generator=generator), torch.randn(100, 4, generator=generator) + 3
+    small = reduce_banks((inside, outliers), 40)
+    assert [len(bank) for bank in small] == [30, 10]
+    nearby = (small[0][:, None] - inside).square().sum(dim=2).min(dim=1).values
+    assert float(nearby.max()) < 4 and not torch.isin(small[0], inside).all()
+    assert all(a is b for a, b in zip(reduce_banks((inside, outliers), 400), (inside, outliers), strict=True))
+    assert [len(bank) for bank in reduce_banks((inside, outliers[:0]), 40)] == [40, 0]
+    near, far = heldout(generator)
+    first, second = (fit_score(inside, outliers, near, far, ScoringConfig(bank_size=40)) for _ in range(2))
+    assert len(first.inside) + len(first.outliers) == 40 and torch.equal(first.inside, second.inside)
+    torch.testing.assert_close(first.inside.norm(dim=1), torch.ones(30))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_a_feature_that_is_not_finite_is_named_by_its_set_and_row(generator, banks, place):
+    given = [part.clone() for part in (banks[1], banks[2], *heldout(generator))]
+    given[place][6, 1] = math.nan
+    with pytest.raises(
+        UsageError,
+        match=f"{['in-distribution', 'outlier', 'held-out in-distribution', 'held-out outlier'][place]} features.*row 6",
+    ):
+        fit_score(*given, ScoringConfig())
+
+
+@pytest.mark.parametrize(("field", "value"), [("bank_size", 3), ("backend", "annoy"), ("false_alarm_rate", 1.0), ("k_vote", 0)])
+def test_impossible_settings_are_refused(field, value):
+    with pytest.raises(UsageError, match=f"scoring.{field}"):
+        ScoringConfig(**{field: value})

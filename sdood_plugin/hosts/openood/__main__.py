@@ -1,7 +1,7 @@
 """`python -m sdood_plugin.hosts.openood --config a.yml b.yml --a.b value`: the command line of OpenOOD's main.py.
 
 It runs `train_sdood` and the host's own pipelines, which here know the network and the postprocessor `sdood` and run
-without a GPU under `--num_gpus 0`.
+without a GPU under `--num_gpus 0`. Several processes need several GPUs: the host's launcher asks for CUDA and NCCL.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from ...errors import SdoodError, UsageError
 
@@ -47,6 +49,17 @@ def read_config(arguments: Sequence[str]) -> Any:
     return config
 
 
+def check_devices(gpus: int) -> None:
+    """The host starts one process a GPU and knows no CPU process group (its launcher asks for CUDA and NCCL).
+
+    Raises:
+        UsageError: There are fewer CUDA devices.
+    """
+    found = torch.cuda.device_count()
+    if gpus > found:
+        raise UsageError("num_gpus", gpus, f"at most {found}, the CUDA devices here", f"add --num_gpus {found}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 1 for a failure or 2 for wrong usage."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -54,8 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(list(sys.argv[1:] if arguments is None else arguments))
         from openood.utils import launch
 
-        from .pipeline import run_pipeline
+        from .pipeline import check_config, run_pipeline
 
+        check_devices(config.num_gpus)
+        if config.num_gpus > 1:
+            check_config(config)  # here too, because what a process of the host's launcher raises ends in a traceback
         launch(
             run_pipeline,
             config.num_gpus,

@@ -140,8 +140,10 @@ def build_network(config: Any, classes: int) -> SDOODNet:
         net = load_checkpoint(str(config.checkpoint), classes, backbone=str(config.backbone), normalisation=normalisation)
     else:
         net = SDOODNet(ThreeHeadNet(Backbone(str(config.backbone)), classes), normalisation)
+    if config.num_gpus > 0:
+        net = net.cuda()
     if config.num_gpus > 1:
-        from openood.utils import comm
-
-        return nn.parallel.DistributedDataParallel(net.cuda(), device_ids=[comm.get_local_rank()], find_unused_parameters=False)  # type: ignore[return-value]
-    return net.cuda() if config.num_gpus > 0 else net
+        device = next(net.parameters()).device
+        own = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=own)  # type: ignore[return-value]
+    return net

@@ -1,8 +1,7 @@
-"""A finished run as an OpenOOD data root: images, imglists and YAMLs, and the command lines that start the host on them."""
+"""A finished run as an OpenOOD data root: images, imglists and YAMLs; `commands.py` has the lines that start the host on them."""
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +17,12 @@ from ...context import Context
 from ...data.images import ImageSet, save_png
 from ...errors import UsageError
 from ...outliers.dataset import OutlierSet
+from .commands import command_lines
 from .yamls import write_yamls
 
 IMAGES, LISTS, CONFIGS = Path("images_classic/sdood"), Path("benchmark_imglist/sdood"), Path("sdood")
+# splits of what was generated, by whether its source is held out
+MADE = {"outliers": {False: "oe", True: "oe_heldout"}, "controls": {False: "controls"}}
 
 
 def export_openood(run_folder: str | Path, dest: str | Path) -> str:
@@ -49,15 +51,17 @@ def export_openood(run_folder: str | Path, dest: str | Path) -> str:
     if taken is not None:
         raise UsageError("DEST", f"{taken} of an earlier export", "a folder without one", "delete it or choose another DEST")
     labels, heldout = context.labels, context.heldout
-    outliers = OutlierSet(run_folder / "outliers")
+    made = {name: OutlierSet(run_folder / name) for name in MADE if (run_folder / name / "meta.json").is_file()}
+    for images in made.values():
+        images.verify()
     lists = _write_id(context, labels.labels, heldout, dest)
-    lists |= _write_made(run_folder / "outliers", outliers, heldout, {False: "oe", True: "oe_heldout"}, dest)
-    if (run_folder / "controls" / "meta.json").is_file():
-        controls = OutlierSet(run_folder / "controls")
-        lists |= _write_made(run_folder / "controls", controls, heldout, {False: "controls"}, dest)
+    for name, images in made.items():
+        lists |= _write_made(run_folder / name, images, heldout, MADE[name], dest)
     groups = _write_ood(context, dest)
     _write_configs(context, labels.classes, lists, groups, dest)
-    text = _commands(run_folder.resolve(), (dest / CONFIGS).resolve(), all(groups.values()))
+    detector = run_folder.resolve() / "detector"
+    scores = all(groups.values()) and (detector / "bank.safetensors").is_file()
+    text = command_lines((dest / CONFIGS).resolve(), lists["train"], lists.get("oe", 0), detector if scores else None)
     write_text(dest / CONFIGS / "commands.txt", text)
     return text
 
@@ -110,13 +114,13 @@ def _write_id(context: Context, labels: torch.Tensor, heldout: torch.Tensor, des
 
 def _write_made(folder: Path, made: OutlierSet, heldout: torch.Tensor, splits: dict[bool, str], dest: Path) -> dict[str, int]:
     """Copies of generated PNGs, one list for those of training sources and one for those of held-out ones."""
-    counts = {}
+    counts, files = {}, [row["file"] for row in made.manifest]
     for kept, split in splits.items():
         rows = (heldout[made.sources] == kept).nonzero().flatten().tolist()
-        names = [f"sdood/{folder.name}/{made.manifest[row]['file']}" for row in rows]
+        names = [f"sdood/{folder.name}/{files[row]}" for row in rows]
         for row, name in zip(rows, names, strict=True):
             (dest / IMAGES.parent / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / made.manifest[row]["file"], dest / IMAGES.parent / name)
+            shutil.copyfile(folder / files[row], dest / IMAGES.parent / name)
         counts[split] = _write_list(dest, split, names, made.labels[rows].tolist())
     return {split: count for split, count in counts.items() if count}
 
@@ -194,56 +198,3 @@ def _write_configs(context: Context, classes: int, lists: dict[str, int], groups
 
 def _write_yaml(path: Path, value: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(value, sort_keys=False))
-
-
-def _commands(run_folder: Path, configs: Path, with_ood: bool) -> str:
-    """One line a job; each is whole and can be pasted."""
-    gpus = int(torch.cuda.is_available())
-
-    def line(files: list[str], *settings: str) -> str:
-        return " ".join(
-            [
-                "python -m sdood_plugin.hosts.openood --config",
-                *files,
-                f"--num_gpus {gpus} --num_workers 4 --merge_option merge",
-                *settings,
-            ]
-        )
-
-    def own(*names: str) -> list[str]:
-        return [shlex.quote(str(configs / name)) for name in names]
-
-    def stock(*names: str) -> list[str]:
-        return [f'"$OPENOOD_ROOT"/configs/{name}' for name in names]
-
-    base = stock("preprocessors/base_preprocessor.yml", "pipelines/train/baseline.yml")
-    resnet = stock("networks/resnet18_32x32.yml")
-    udg = (
-        "--network.backbone.name resnet18_32x32 --dataset.train.dataset_class UDGDataset --dataset.oe.dataset_class UDGDataset",
-    )
-    jobs = {
-        "three heads": line(own("dataset.yml", "networks/sdood_net.yml", "pipelines/train_sdood.yml")),
-        "the host's OE": line([*own("dataset.yml"), *resnet, *base, *stock("pipelines/train/train_oe.yml")]),
-        "the host's MixOE (needs as many outliers a batch as images)": line(
-            [*own("dataset.yml"), *resnet, *base, *stock("pipelines/train/train_mixoe.yml")],
-            "--dataset.train.batch_size 64 --dataset.oe.batch_size 64",
-        ),
-        "the host's MCD": line(
-            [*own("dataset.yml"), *stock("networks/mcd_net.yml"), *base, *stock("pipelines/train/train_mcd.yml")],
-            "--network.backbone.name resnet18_32x32",
-        ),
-        "the host's UDG": line(
-            [*own("dataset.yml"), *stock("networks/udg_net.yml"), *base, *stock("pipelines/train/train_udg.yml")], *udg
-        ),
-    }
-    detector = run_folder / "detector" / "detector.safetensors"
-    if with_ood and detector.is_file():
-        jobs["this run's detector on the run's OOD sets"] = line(
-            [
-                *own("dataset.yml", "ood.yml", "networks/sdood_net.yml"),
-                *stock("preprocessors/base_preprocessor.yml", "pipelines/test/test_ood.yml"),
-                *own("postprocessors/sdood.yml"),
-            ],
-            f"--network.pretrained True --network.checkpoint {shlex.quote(str(detector))}",
-        )
-    return "\n".join(f"# {name}\n{command}" for name, command in jobs.items()) + "\n"

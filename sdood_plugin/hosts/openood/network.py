@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...backbones import SmallCNN
 from ...detector.network import Heads, ThreeHeadNet
 from ...errors import UsageError
-from ...features import Backbone, SmallCNN
+from ...features import Backbone
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of the channels of x in [0, 1]
 HALF: Normalisation = ((0.5,) * 3, (0.5,) * 3)

@@ -50,31 +50,28 @@ class TrainSDOOD:
     `detector.safetensors`, `bank.safetensors` and `score.json` hold the last epoch's network and the score calibrated
     on val: what `SDOODPostprocessor` and `load_detector` take.
 
+    With several GPUs the host starts a process for each and its loaders give each a share of the images to train on;
+    validation and the banks are of all images all the same.
+
     Args:
         config: The host's config.
+
+    Raises:
+        UsageError: The config, a list or a checkpoint is wrong.
     """
 
     def __init__(self, config: Any) -> None:
+        check_config(config)
         self.config = config
 
     def run(self) -> None:
         """Train, test and write.
 
         Raises:
-            UsageError: The config, a list or a checkpoint is wrong; nothing has been written.
+            UsageError: The network has no three heads; nothing has been written.
             RunError: The loss was not finite.
         """
         config = self.config
-        check_config(config)
-        absent = [name for name in SPLITS if name not in config.dataset.split_names]
-        unknown = sorted(set(config.trainer) - _TRAINER_KEYS)
-        if absent or unknown:
-            raise UsageError(
-                "dataset.split_names" if absent else "trainer",
-                config.dataset.split_names if absent else unknown,
-                f"{', '.join(SPLITS)} among them" if absent else f"{', '.join(sorted(_TRAINER_KEYS))} only",
-                "use a *_sdood_oe.yml beside the data set's own" if absent else "check the spelling",
-            )
         net = _seeded_network(config)
         setup_logger(config)
         torch.manual_seed(config.seed)
@@ -83,6 +80,7 @@ class TrainSDOOD:
         for name in ("oe", "controls"):
             if name in loaders:
                 loaders[name].dataset.transform_image = loaders["train"].dataset.transform_image
+        whole = {name: _whole(loader) for name, loader in loaders.items()}
         trainer = SDOODTrainer(net, loaders["train"], loaders["oe"], config, loaders.get("controls"))
         evaluator, is_main = get_evaluator(config), comm.is_main_process()
         recorder = get_recorder(config) if is_main else None
@@ -91,21 +89,26 @@ class TrainSDOOD:
                 if isinstance(loader.sampler, torch.utils.data.distributed.DistributedSampler):
                     loader.sampler.set_epoch(epoch - 1)
             net, train_metrics = trainer.train_epoch(epoch)
-            val_metrics = evaluator.eval_acc(net, loaders["val"], None, epoch)
+            val_metrics = evaluator.eval_acc(net, whole["val"], None, epoch)
             comm.synchronize()
             if recorder is not None:
                 recorder.save_model(net, val_metrics)
                 recorder.report(train_metrics, val_metrics)
-        test_metrics = evaluator.eval_acc(net, loaders["test"])
+        test_metrics = evaluator.eval_acc(net, whole["test"])
         if recorder is not None:
             recorder.summary()
             log.info("test accuracy %.2f %%", 100 * test_metrics["acc"])
-            _write_detector(getattr(net, "module", net), loaders, Path(config.output_dir))
+            _write_detector(getattr(net, "module", net), whole, Path(config.output_dir))
 
 
 def _seeded_network(config: Any) -> Any:
     torch.manual_seed(config.seed)
     return build_network(config.network, config.dataset.num_classes)
+
+
+def _whole(loader: Any) -> torch.utils.data.DataLoader:
+    """All images of a loader in the order of their list; with several processes the host's loader gives each one a share."""
+    return torch.utils.data.DataLoader(loader.dataset, loader.batch_size, num_workers=loader.num_workers)
 
 
 @torch.no_grad()
@@ -125,7 +128,7 @@ def _write_detector(net: SDOODNet, loaders: dict[str, Any], folder: Path) -> Non
 
 
 def check_config(config: Any) -> None:
-    """Everything that can be wrong before training: lists, classes, checkpoint.
+    """Everything that can be wrong before training: lists, classes, keys, checkpoint.
 
     Raises:
         UsageError: Something is.
@@ -146,8 +149,22 @@ def check_config(config: Any) -> None:
             f"{dataset.num_classes} like dataset.num_classes",
             "use '@{dataset.num_classes}'",
         )
+    if config.pipeline.name == "train_sdood":
+        _check_train_sdood(config)
     if network.pretrained and network.name == "sdood":
         build_network(type(config)({**network, "num_gpus": 0}), dataset.num_classes)
+
+
+def _check_train_sdood(config: Any) -> None:
+    absent = [name for name in SPLITS if name not in config.dataset.split_names]
+    unknown = sorted(set(config.trainer) - _TRAINER_KEYS)
+    if absent or unknown:
+        raise UsageError(
+            "dataset.split_names" if absent else "trainer",
+            config.dataset.split_names if absent else unknown,
+            f"{', '.join(SPLITS)} among them" if absent else f"{', '.join(sorted(_TRAINER_KEYS))} only",
+            "use a *_sdood_oe.yml beside the data set's own" if absent else "check the spelling",
+        )
 
 
 @contextlib.contextmanager
@@ -201,9 +218,11 @@ def _restored_process() -> Iterator[None]:
 
 
 def run_pipeline(config: Any) -> None:
-    """Run the pipeline a host config names, ours or one of the host's own, on `num_gpus` GPUs or on the CPU."""
-    if config.num_gpus and not torch.cuda.is_available():
-        raise UsageError("num_gpus", config.num_gpus, "0 on a machine without CUDA", "add --num_gpus 0")
+    """Run the pipeline a host config names, ours or one of the host's own, on `num_gpus` GPUs or on the CPU.
+
+    Raises:
+        UsageError: See `check_config`.
+    """
     with _restored_process(), host_settings(), on_device("cuda" if config.num_gpus else "cpu"), registered():
         if config.pipeline.name == "train_sdood":
             TrainSDOOD(config).run()

@@ -91,11 +91,7 @@ class SDOODPostprocessor(BasePostprocessor):
         net.eval()
         transform = id_loader_dict["val"].dataset.transform_image
         folder = Path(self.outliers) if self.outliers else None
-        detector = (
-            next((path for path in (folder, folder / "detector") if (path / "bank.safetensors").is_file()), None)
-            if folder
-            else None
-        )
+        detector = _detector_folder(folder) if folder is not None else None
         self.features = {"heldout_inside": _loader_features(net, id_loader_dict["val"], transform)}
         nothing = self.features["heldout_inside"][:0]
         self.features |= {"outliers": nothing, "heldout_outliers": nothing}
@@ -183,6 +179,25 @@ class SDOODPostprocessor(BasePostprocessor):
         """What is pickled lies on the CPU, so that it loads where there is no GPU."""
         self._move(torch.device("cpu"))
         return self.__dict__
+
+
+def _detector_folder(folder: Path) -> Path | None:
+    """The folder of banks that a run or detector folder stands for; None for an outlier set.
+
+    Raises:
+        UsageError: A detector without banks.
+    """
+    for path in (folder, folder / "detector"):
+        if (path / "bank.safetensors").is_file():
+            return path
+        if (path / "detector.safetensors").is_file():
+            raise UsageError(
+                f"outliers {folder}",
+                "a detector without banks",
+                "a run that is calibrated, or an outlier-set folder",
+                "run `sdood train-detector` on it, or give its `outliers` folder",
+            )
+    return None
 
 
 def _features(net: nn.Module, batches: Any) -> torch.Tensor:

@@ -308,5 +308,5 @@ class SDOOD(FeaturesDetector):
                     f"lower {name} or fit on more samples",
                 )
         kept, kept_outliers, heldout, heldout_outliers = parts
-        config = ScoringConfig(self.k_distance, self.k_vote, self.normalise, self.alpha)
+        config = ScoringConfig(k_distance=self.k_distance, k_vote=self.k_vote, normalise=self.normalise, alpha=self.alpha)
         return fit_score(kept, kept_outliers, heldout, heldout_outliers, config)

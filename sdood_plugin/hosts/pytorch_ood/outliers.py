@@ -64,6 +64,7 @@ class SDOutliers(VisionDataset):
         """
         super().__init__(str(folder), transform=transform, target_transform=target_transform)
         self.outliers = OutlierSet(folder)
+        _ = self.outliers.images  # from here on in memory, and a damaged file is found now
         self.source_labels = source_labels
 
     def __len__(self) -> int:

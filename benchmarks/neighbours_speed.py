@@ -1,0 +1,177 @@
+"""Speed of the exact search and of the whole score, beside faiss and scikit-learn; the answers are compared first.
+
+    python -m benchmarks.neighbours_speed --threads 1
+    python -m benchmarks.neighbours_speed --device cuda --large-queries 10000
+
+faiss is used as OpenOOD's KNN does, an `IndexFlatL2` of unit features; scikit-learn as pytorch-ood's KNN does, a
+`NearestNeighbors`. Task `search` is the k nearest of the bank. Task `score` is distance and vote with half of the bank
+outliers: theirs needs a search of the images' half and one of the whole bank, ours meets every row once. All get all
+queries in one call and the same number of threads; what is prepared once, index, fit or bank, is timed apart. ratio is
+theirs / ours of the fastest of the repeats. On one thread of the CPU seconds are the process's own (`time.process_time`),
+which other work on the machine disturbs less; else those on the wall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from benchmarks.record import write_result
+from sdood_plugin.neighbours import Bank
+from sdood_plugin.scoring.score import distance_and_votes
+
+K_DISTANCE, K_VOTE = 2, 5
+Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # (queries, k) -> squared distances, rows
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.neighbours_speed", description=__doc__.split("\n")[0])
+    parser.add_argument("--queries", type=int, default=10_000, help="against 50,000 x 512")
+    parser.add_argument("--large-queries", type=int, default=1_000, help="against 1,000,000 x 384; 0 leaves it out")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of ours; the others run on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="200 queries against 4,000 x 64: does it run?")
+    parser.add_argument("--suffix", default="")
+    return parser.parse_args()
+
+
+def features(kind: str, count: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """float32 (count, width) unit rows: `gaussian`, distances concentrated, or `clustered`, ten classes."""
+    rows = torch.randn(count, width, generator=generator)
+    if kind == "clustered":
+        means = torch.randn(10, width, generator=torch.Generator().manual_seed(1))
+        rows = means[torch.randint(10, (count,), generator=generator)] + 0.4 * rows
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def timed(call: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
+    """Seconds of the fastest call, and its result."""
+    clock = time.process_time if torch.get_num_threads() == 1 and not torch.cuda.is_available() else time.perf_counter
+    seconds = []
+    for _ in range(repeats):
+        started = clock()
+        result = call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(clock() - started)
+    return min(seconds), result
+
+
+def faiss_search(bank: np.ndarray) -> Search:
+    """As in openood/postprocessors/knn_postprocessor.py."""
+    import faiss
+
+    index = faiss.IndexFlatL2(bank.shape[1])
+    index.add(bank)
+    return index.search
+
+
+def sklearn_search(bank: np.ndarray) -> Search:
+    """As in pytorch_ood/detector/knn.py."""
+    from sklearn.neighbors import NearestNeighbors
+
+    fitted = NearestNeighbors(n_jobs=-1).fit(bank)
+
+    def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        distances, rows = fitted.kneighbors(queries, n_neighbors=k)
+        return distances**2, rows
+
+    return search
+
+
+def two_searches(inside: Search, joint: Search, queries: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distance and votes by one search of the images and one of the joint bank."""
+    distances, _ = inside(queries, K_DISTANCE)
+    _, rows = joint(queries, K_VOTE)
+    return distances.sum(axis=1), (rows >= images).sum(axis=1)
+
+
+def agreement(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> dict[str, float]:
+    """Per cent of equal rows or votes, and the largest relative difference of distances."""
+    distance, number = (np.asarray(part.cpu()) if isinstance(part, torch.Tensor) else part for part in ours)
+    return {
+        "same": 100 * float((number == theirs[1]).mean()),
+        "largest_difference": float((np.abs(distance - theirs[0]) / np.maximum(distance, 1e-12)).max()),
+    }
+
+
+def by_definition(queries: torch.Tensor, bank: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 (n, k) rows by sums of squared differences in float64, one query after the other."""
+    return torch.stack([(query.double() - bank).square().sum(dim=1).sort(stable=True).indices[:k] for query in queries])
+
+
+def case(kind: str, queries: int, rows: int, width: int, settings: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one bank."""
+    generator = torch.Generator().manual_seed(0)
+    bank, asked = (features(kind, count, width, generator) for count in (rows, queries))
+    images, device = rows // 2, torch.device(settings.device)
+    on_device, asked_there = bank.to(device), asked.to(device)
+    whole_s, whole = timed(lambda: Bank(on_device))
+    first_s, _ = timed(lambda: whole.nearest(asked_there[:64], K_VOTE))  # makes what is kept of the bank
+    inside, outliers = Bank(on_device[:images]), Bank(on_device[images:])
+    distance_and_votes(asked_there[:64], inside, outliers, K_DISTANCE, K_VOTE)
+    search_s, search = timed(lambda: whole.nearest(asked_there, K_VOTE), settings.repeats)
+    score_s, score = timed(lambda: distance_and_votes(asked_there, inside, outliers, K_DISTANCE, K_VOTE), settings.repeats)
+    assert torch.equal(search[1][:20].cpu(), by_definition(asked[:20], bank, K_VOTE)), "ours is not exact"
+    shape = {"features": kind, "queries": queries, "bank": f"{rows} x {width}", "k": K_VOTE}
+    records = []
+    for task, seconds in (("search", search_s), ("score", score_s)):
+        own = {"prepare_s": whole_s + first_s} if task == "search" else {}
+        records.append({"method": "sdood", "task": task, **shape, "seconds": seconds, "images_per_s": queries / seconds, **own})
+    fastest = min(product_seconds(asked_there, on_device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    records.append({"method": "matrix product alone", "task": "search", **shape, "seconds": fastest, "ratio": fastest / search_s})
+    for name, make in (("faiss", faiss_search), ("sklearn", sklearn_search)):
+        prepare_s, joint = timed(lambda make=make: make(bank.numpy()))
+        half = make(bank[:images].numpy())
+        seconds, found = timed(lambda joint=joint: joint(asked.numpy(), K_VOTE), settings.repeats)
+        common = {"method": name, **shape}
+        records.append(
+            {**common, "task": "search", "seconds": seconds, "images_per_s": queries / seconds, "prepare_s": prepare_s}
+        )
+        records[-1] |= {f"ratio_{name}": seconds / search_s, **agreement(search, found)}
+        seconds, found = timed(lambda half=half, joint=joint: two_searches(half, joint, asked.numpy(), images), settings.repeats)
+        records.append({**common, "task": "score", "seconds": seconds, "images_per_s": queries / seconds})
+        records[-1] |= {f"ratio_{name}": seconds / score_s, **agreement(score, found)}
+    return records
+
+
+def product_seconds(queries: torch.Tensor, bank: torch.Tensor, dtype: torch.dtype) -> float:
+    """Seconds of queries . bank^T in blocks, nothing done with the result."""
+    left, blocks = queries.to(dtype), [block.T for block in bank.to(dtype).split(4096)]
+    pieces = left.split(512 if queries.device.type == "cpu" else 4096)
+    return timed(lambda: [torch.mm(piece, block) for piece in pieces for block in blocks] and None, 2)[0]
+
+
+def main() -> None:
+    """Run and write, after each bank."""
+    settings = arguments()
+    torch.set_num_threads(settings.threads)
+    cases = [("gaussian", settings.queries, 50_000, 512), ("clustered", settings.queries, 50_000, 512)]
+    cases += [("clustered", settings.large_queries, 1_000_000, 384)] if settings.large_queries else []
+    if settings.tiny:
+        cases = [(kind, 200, 4_000, 64) for kind in ("gaussian", "clustered")]
+    records: list[dict[str, Any]] = []
+    with threadpool_limits(settings.threads):
+        import faiss
+
+        faiss.omp_set_num_threads(settings.threads)
+        for kind, queries, rows, width in cases:
+            records += case(kind, queries, rows, width, settings)
+            facts = {"threads": settings.threads, "device_of_ours": settings.device}
+            write_result(f"neighbours_speed{settings.suffix}", vars(settings), [0], records, facts=facts)
+    for record in records:
+        ratios = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name.startswith(("ratio", "same")))
+        place = f"{record['features']:10s} {record['bank']:15s} {record['task']:7s} {record['method']:21s}"
+        print(f"{place} {record['seconds']:8.2f} s  {ratios}")
+
+
+if __name__ == "__main__":
+    main()

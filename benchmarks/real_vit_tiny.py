@@ -1,0 +1,231 @@
+"""CIFAR-10 against CIFAR-100 and Tiny-ImageNet on frozen ViT-Tiny features: what a CPU can measure on real images.
+
+    python -m benchmarks.real_vit_tiny DATA_ROOT --weights vit_tiny_patch16_224.safetensors [--outliers RUN/outliers]
+
+Features are computed once (`benchmarks.features_cache`): 10,000 training images, and OpenOOD's whole official test lists. All
+rows are pre-trained: the backbone has seen ImageNet with labels. The methods:
+
+- dn2, dn2-cosine: DN2's protocol, the two nearest training features; knn, mahalanobis, vim: pytorch-ood's; no outliers. msp,
+  energy: of a linear classifier trained by cross-entropy.
+- sdood and sdood-*: three linear heads trained on the frozen features with outliers. The features and with them the
+  distance are the backbone's own, and g_in, which sees no outliers, is the classifier of msp and energy: only votes and
+  g_bin learn of the outliers. With `--outliers` those are images of an outlier set. Without, they are made in feature space,
+  means of the features of two images of different classes, which no image was generated for.
+- sdood, bank N: both banks reduced to N rows together by k-means.
+
+True labels train the heads, mahalanobis and vim (the labelled protocol). Seeds decide which tenth of the training images is
+held out for alpha and the scale, the mixtures and the heads' first weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from benchmarks.features_cache import BACKBONE, CACHE, TRAIN_IMAGES, cached_features, features_of
+from benchmarks.paired import paired_rows
+from benchmarks.record import mean_and_deviation, write_result
+from sdood_plugin.baselines.dn2 import knn_score
+from sdood_plugin.baselines.posthoc import posthoc_scores
+from sdood_plugin.config import ScoringConfig
+from sdood_plugin.data.images import ImageSet
+from sdood_plugin.detector.loss import three_head_loss
+from sdood_plugin.detector.network import Heads
+from sdood_plugin.features import load_backbone
+from sdood_plugin.metrics import auroc_interval, detection_metrics
+from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.randomness import derive_seed, step_generator
+from sdood_plugin.scoring.heads import head_scores
+from sdood_plugin.scoring.score import Score, fit_score
+
+CLASSES, EPOCHS, BATCH = 10, 30, 256
+OODS = ("cifar100", "tin")
+Scores = dict[str, list[torch.Tensor]]  # by method: of cifar10_test and of each of OODS
+
+
+class Labelled(NamedTuple):
+    """Features float32 (N, D) and labels int64 (N,); of outliers, their sources'."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
+
+    def part(self, chosen: torch.Tensor) -> Labelled:
+        """Those at a mask or at positions."""
+        return Labelled(self.features[chosen], self.labels[chosen])
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_vit_tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("data_root", type=Path)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--outliers", type=Path, help="an outlier set of `sdood generate`")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--train-images", type=int, default=TRAIN_IMAGES)
+    parser.add_argument("--test-images", type=int, help="of every test set; all without it")
+    parser.add_argument("--bank-sizes", type=int, nargs="*", default=[2000, 500, 100])
+    parser.add_argument("--device", default="cpu", help="of the backbone")
+    parser.add_argument("--suffix", default="")
+    return parser.parse_args()
+
+
+def mixtures(inside: Labelled, generator: torch.Generator) -> Labelled:
+    """One outlier an image: the mean of its features and those of an image of another class, with its label."""
+    partner = torch.randperm(len(inside.labels), generator=generator)
+    different = inside.labels != inside.labels[partner]
+    blended = (inside.features + inside.features[partner]) / 2
+    return Labelled(blended[different], inside.labels[different])
+
+
+def train_heads(inside: Labelled, outliers: Labelled | None, seed: int) -> nn.Linear:
+    """g_bin, g_in and g_out in one linear layer; without outliers g_in alone learns, by cross-entropy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "heads"))
+        layer = nn.Linear(inside.features.shape[1], 2 + 2 * CLASSES)
+    steps = EPOCHS * (len(inside.labels) // BATCH)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-3, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        generator = step_generator(seed, "heads", step)
+        drawn = [inside.part(torch.randint(len(inside.labels), (BATCH,), generator=generator))]
+        if outliers is not None:
+            drawn.append(outliers.part(torch.randint(len(outliers.labels), (BATCH // 2,), generator=generator)))
+        heads = split_heads(layer, torch.cat([part.features for part in drawn]))
+        labels = torch.cat([part.labels for part in drawn])
+        if outliers is None:
+            loss = nn.functional.cross_entropy(heads.inside, labels)
+        else:
+            loss = three_head_loss(heads, labels, torch.arange(len(labels)) >= BATCH, 1.0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return layer.requires_grad_(False)
+
+
+def split_heads(layer: nn.Linear, features: torch.Tensor) -> Heads:
+    """What the three heads say."""
+    return Heads(features, *layer(features).split([2, CLASSES, CLASSES], dim=1))
+
+
+def scores_without_outliers(train: Labelled, layer: nn.Linear, tests: list[torch.Tensor]) -> Scores:
+    """The comparators."""
+    classifier = layer.weight[2 : 2 + CLASSES], layer.bias[2 : 2 + CLASSES]
+    methods = ("knn", "mahalanobis", "vim", "msp", "energy")
+    return {
+        "dn2": [knn_score(train.features, test) for test in tests],
+        "dn2-cosine": [knn_score(train.features, test, unit_length=True) for test in tests],
+        **{method: posthoc_scores(method, tuple(train), *classifier, tests) for method in methods},
+    }
+
+
+def scores_with_outliers(score: Score, layer: nn.Linear, tests: list[torch.Tensor]) -> Scores:
+    """Ours and its parts."""
+    found: Scores = {}
+    for test in tests:
+        distance, votes = score.terms(test)
+        heads = split_heads(layer, test)
+        g_bin = head_scores(heads.binary, heads.inside)["g_bin"]
+        for name, value in {"": score.combined(distance, votes), "-distance": distance, "-vote": votes, "-g_bin": g_bin}.items():
+            found.setdefault(f"sdood{name}", []).append(value)
+    return found
+
+
+def one_seed(
+    seed: int, sets: dict[str, Labelled], made: OutlierFeatures | None, sizes: list[int]
+) -> tuple[Scores, dict[str, Any]]:
+    """Every method's scores of the test sets, and what was chosen on held-out data."""
+    whole, tests = sets["cifar10_train"], [sets[name].features for name in ("cifar10_test", *OODS)]
+    order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "heldout")))
+    heldout = torch.zeros(len(order), dtype=torch.bool)
+    heldout[order[: len(order) // 10]] = True
+    train, held = whole.part(~heldout), whole.part(heldout)
+    if made is None:
+        outliers, held_outliers = (mixtures(part, step_generator(seed, "mixtures", len(part.labels))) for part in (train, held))
+    else:
+        outliers, held_outliers = made.split(seed)
+    found = scores_without_outliers(train, train_heads(train, None, seed), tests)
+    layer = train_heads(train, outliers, seed)
+    given = (train.features, outliers.features, held.features, held_outliers.features)
+    score = fit_score(*given, ScoringConfig())
+    found |= scores_with_outliers(score, layer, tests)
+    for size in sizes:
+        small = fit_score(*given, ScoringConfig(bank_size=size))
+        terms = [small.terms(test) for test in tests]
+        found[f"sdood, bank {size}"] = [small.combined(*pair) for pair in terms]
+        found[f"sdood-distance, bank {size}"] = [distance for distance, _ in terms]
+    said = split_heads(layer, tests[0]).inside.argmax(dim=1)
+    accuracy = 100 * float((said == sets["cifar10_test"].labels).float().mean())
+    calibration = score.calibration
+    chosen = {"seed": seed, "id_accuracy": accuracy, "alpha": calibration.alpha, "curve": calibration.curve}
+    return found, chosen | {"threshold": calibration.threshold, "false_alarm_interval": calibration.false_alarm_interval}
+
+
+class OutlierFeatures:
+    """Features of an outlier set; the outliers of a tenth of the sources are held out.
+
+    Args:
+        folder: The set.
+        weights: Of the backbone.
+        device: Where to compute.
+    """
+
+    def __init__(self, folder: Path, weights: Path, device: str) -> None:
+        made = OutlierSet(folder)
+        images = ImageSet(made.images, [str(row) for row in range(len(made))])
+        self.all = Labelled(features_of(images, load_backbone(BACKBONE, weights), device), made.labels)
+        self.sources = made.sources
+
+    def split(self, seed: int) -> tuple[Labelled, Labelled]:
+        """(for training and the bank, held out)."""
+        names, position = self.sources.unique(return_inverse=True)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(derive_seed(seed, "sources")))
+        heldout = (order < max(1, len(names) // 10))[position]
+        return self.all.part(~heldout), self.all.part(heldout)
+
+
+def records(seed: int, found: Scores, kind: str) -> list[dict[str, Any]]:
+    """One flat row a method and OOD set."""
+    rows = []
+    for method, (inside, *outsides) in found.items():
+        for name, outside in zip(OODS, outsides, strict=True):
+            values = detection_metrics(inside, outside)
+            low, high = auroc_interval(values["auroc"], len(inside), len(outside))
+            row = {"method": method, "seed": seed, "ood": name, "group": "near", **values, "auroc_low": low, "auroc_high": high}
+            rows.append(row | {"n_id": len(inside), "n_ood": len(outside), "pre_trained": True, "labels": "true"})
+            rows[-1] |= {"outliers": kind} if method.startswith("sdood") else {}
+    return rows
+
+
+def main() -> None:
+    """Run and write, after each seed."""
+    settings = arguments()
+    sizes = {"train_images": settings.train_images, "test_images": settings.test_images, "device": settings.device}
+    cached = cached_features(settings.data_root, settings.weights, settings.cache, **sizes)
+    sets = {name: Labelled(tensors["features"], tensors["labels"]) for name, tensors in cached.items()}
+    made = OutlierFeatures(settings.outliers, settings.weights, settings.device) if settings.outliers else None
+    kind = "images of an outlier set" if made else "feature-space mixtures of two classes"
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {"chosen": []}
+    pairs = []
+    config = {name: str(value) for name, value in vars(settings).items()}
+    for number, seed in enumerate(settings.seeds):
+        found, chosen = one_seed(seed, sets, made, settings.bank_sizes)
+        rows += records(seed, found, kind)
+        facts["chosen"].append(chosen)
+        scores = {name: [values.double().numpy() for values in test] for name, test in found.items()}
+        pairs.append({ood: {m: (s[0], s[1 + place]) for m, s in scores.items()} for place, ood in enumerate(OODS)})
+        write_result(f"real_vit_tiny{settings.suffix}", config, settings.seeds[: number + 1], rows, facts=facts)
+    write_result(f"real_vit_tiny{settings.suffix}", config, settings.seeds, rows, facts=facts | {"paired": paired_rows(pairs)})
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == name]) for name in OODS]
+        print(method.ljust(28) + "".join(f"{mean:.2f} +- {deviation:.2f}".rjust(18) for mean, deviation in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Which part of the score tells: distance, vote, both, g_bin, MSP, energy, over finished runs; and t-SNE early and late.
+
+    python -m benchmarks.demo --labels hidden        # leaves the runs that are read when none are named
+    python -m benchmarks.scoring [RUN ...]
+
+Every run's detector scores its own test sets. `by_class` in the result is the AUROC of an OOD set against the ID test images
+of one true class; `chosen` is what held-out data decided in each run. For the figure (Fig. 3 of the paper) the first run's
+detector is trained again for `--early-epochs`, with the learning rate falling to 0 in that time, and its features stand
+beside those of the run's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.record import RESULTS, mean_and_deviation, write_result
+from sdood_plugin import Detector, stages
+from sdood_plugin.artifacts import atomic_path, read_json
+from sdood_plugin.cli import read_config
+from sdood_plugin.config import as_dict
+from sdood_plugin.context import Context
+from sdood_plugin.data.images import spread
+from sdood_plugin.evaluation import TestSets, method_rows, read_tests
+from sdood_plugin.features import extract
+from sdood_plugin.metrics import detection_metrics
+
+ROOT = Path(__file__).parent.parent
+PARTS = {"score": "both", "distance": "distance", "votes": "vote", "g_bin": "g_bin", "msp": "msp", "energy": "energy"}
+POINTS = 200  # of each set in the figure
+COLOURS = {"id": "#2b6cb0", "outliers": "#d69e2e"}
+OOD_COLOURS = ("#c53030", "#805ad5", "#dd6b20", "#744210")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0])
+    default = [ROOT / "runs" / "benchmarks" / f"demo-hidden-{seed}" for seed in range(3)]
+    parser.add_argument("runs", type=Path, nargs="*", default=default, help="run folders of `sdood run`, one a seed")
+    parser.add_argument("--early-epochs", type=int, default=1)
+    parser.add_argument("--suffix", default="")
+    return parser.parse_args()
+
+
+def opened(folder: Path) -> tuple[Context, TestSets]:
+    """A finished run and its test sets."""
+    run = Context(read_config(folder / "config.yaml"), folder)
+    tests = read_tests(run)
+    if tests is None:
+        raise SystemExit(f"{folder} has no OOD test sets")
+    return run, tests
+
+
+def ablation(run: Context, tests: TestSets) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(rows by method and OOD set, rows by method, OOD set and ID class)."""
+    detector = Detector.load(run.folder)
+    said = [detector.verdicts(images) for images in tests.sets]
+    rows, by_class = [], []
+    for field, method in PARTS.items():
+        scores = [getattr(verdicts, field) for verdicts in said]
+        rows += method_rows(run, tests, method, scores)
+        true = tests.sets[0].labels
+        for label in [] if true is None or method not in ("both", "distance", "vote") else true.unique().tolist():
+            for name, outside in zip(tests.names[1:], scores[1:], strict=True):
+                auroc = detection_metrics(scores[0][true == label], outside)["auroc"]
+                row = {"method": method, "seed": run.config.seed, "ood": name, "id_class": label, "auroc": auroc}
+                by_class.append(row | {"n_id": int((true == label).sum()), "n_ood": len(outside)})
+    return rows, by_class
+
+
+def early_network(run: Context, epochs: int) -> nn.Module:
+    """The run's detector after a training of so few epochs."""
+    short = dataclasses.replace(run.config, detector=dataclasses.replace(run.config.detector, epochs=epochs))
+    again = Context(short, run.folder)
+    with tempfile.TemporaryDirectory() as folder:
+        made = [stages.read_outliers(again, name, False) for name in ("outliers", "controls")]
+        return stages.train_network(again, Path(folder), f"early {epochs}", "early", *made)
+
+
+def places(network: nn.Module, sets: dict[str, torch.Tensor], normalise: bool) -> dict[str, list[list[float]]]:
+    """t-SNE of the features of all sets together: [x, y] of each image by set."""
+    from sklearn.manifold import TSNE
+
+    device = next(network.parameters()).device
+    found = {name: extract(network.backbone, images, device=device).cpu().numpy() for name, images in sets.items()}
+    points = np.concatenate(list(found.values()))
+    if normalise:
+        points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
+    flat = TSNE(random_state=0, init="pca", perplexity=min(30, len(points) // 4)).fit_transform(points)
+    ends = np.cumsum([len(values) for values in found.values()])[:-1]
+    return {name: np.round(part, 2).tolist() for name, part in zip(found, np.split(flat, ends), strict=True)}
+
+
+def early_and_late(run: Context, tests: TestSets, epochs: int) -> dict[str, Any]:
+    """Places of ID test images, near OOD images and outliers under both networks."""
+    sets = {
+        name: images.images for name, group, images in zip(tests.names, tests.groups, tests.sets, strict=True) if group != "far"
+    }
+    outliers = stages.read_outliers(run, "outliers", False)
+    if outliers is not None:
+        sets["outliers"] = outliers.images
+    sets = {name: images[spread(len(images), min(len(images), POINTS))] for name, images in sets.items()}
+    networks = {epochs: early_network(run, epochs), run.config.detector.epochs: Detector.load(run.folder).network}
+    drawn = [{"epochs": done, "sets": places(net, sets, run.config.scoring.normalise)} for done, net in networks.items()]
+    return {"seed": run.config.seed, "panels": drawn}
+
+
+def draw(file: Path, figure_file: Path) -> None:
+    """The figure, from the JSON alone."""
+    from matplotlib.figure import Figure
+
+    panels = read_json(file)["tsne"]["panels"]
+    figure = Figure(figsize=(4.5 * len(panels), 4.2))
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        spare = iter(OOD_COLOURS * len(panel["sets"]))
+        for name, points in panel["sets"].items():
+            across, up = zip(*points, strict=True)
+            axes.scatter(across, up, s=6, alpha=0.7, label="ID" if name == "id" else name, color=COLOURS.get(name) or next(spare))
+        axes.set(xticks=[], yticks=[], title=f"after {panel['epochs']} epoch{'s' * (panel['epochs'] > 1)}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False, markerscale=2)
+    with atomic_path(figure_file) as temporary:
+        figure.savefig(temporary, bbox_inches="tight", dpi=130)
+
+
+def main() -> None:
+    """Score every run, write after each; then the figure."""
+    settings = arguments()
+    absent = [str(run) for run in settings.runs if not (run / "detector" / "score.json").exists()]
+    if absent:
+        raise SystemExit(f"no finished run in {', '.join(absent)}: name run folders, or run `python -m benchmarks.demo` first")
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {"by_class": [], "chosen": []}
+    configs: list[Any] = []
+    name, seeds = f"scoring{settings.suffix}", []
+    for folder in settings.runs:
+        run, tests = opened(folder)
+        found, by_class = ablation(run, tests)
+        rows += found
+        facts["by_class"] += by_class
+        facts["chosen"].append({"seed": run.config.seed, **read_json(folder / "detector" / "score.json")["calibration"]})
+        configs.append(as_dict(run.config))
+        seeds.append(run.config.seed)
+        write_result(name, configs, seeds, rows, facts=facts)
+    facts["tsne"] = early_and_late(*opened(settings.runs[0]), settings.early_epochs)
+    draw(write_result(name, configs, seeds, rows, facts=facts), RESULTS.parent / "figures" / f"{name}-tsne.png")
+    oods = list(dict.fromkeys(row["ood"] for row in rows))
+    for method in PARTS.values():
+        cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == ood]) for ood in oods]
+        print(
+            method.ljust(12)
+            + "".join(
+                f"{ood} {mean:.1f} +- {deviation:.1f}".rjust(24) for ood, (mean, deviation) in zip(oods, cells, strict=True)
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

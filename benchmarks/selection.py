@@ -1,0 +1,177 @@
+"""Which outliers help the detector: kinds, controls and guidance modes, several seeds, a digit left out of ID as the near OOD.
+
+python -m benchmarks.selection
+python -m benchmarks.selection --seeds 0 --renders 1 --epochs 2          # a trial of the script
+python -m benchmarks.selection --config configs/cifar10.yml --suffix -cifar10 --labels hidden
+
+The embedded data take `data.demo_left_out`: no test scan is used, so the best variant may become the default. Any other
+configuration is scored on its own OOD sets, which tune nothing: such rows say `protocol: test sets`. The clustering, the
+diffusion model and a mode's outliers are shared by the variants of a seed. A run that is cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from benchmarks.demo import table
+from benchmarks.record import RESULTS, mean_and_deviation, write_result
+from sdood_plugin.artifacts import read_json, value_hash
+from sdood_plugin.cli import read_config
+from sdood_plugin.config import KINDS, ImagesConfig, RunConfig, SelectionConfig, as_dict
+from sdood_plugin.errors import RunError
+from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.outliers.select import choose, kinds, read_verdicts
+from sdood_plugin.run import run
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = {0: 0, 1: 2, 2: 4}  # seed -> digit; a digit a seed, so that no single one decides
+KEEPS = {
+    "all": list(KINDS),
+    "stay": ["stay"],
+    "flip": ["flip"],
+    "ambiguous": ["ambiguous"],
+    "ambiguous + flip": ["ambiguous", "flip"],
+}
+MODES = [("other", 2.0), ("other", 0.0), ("blend", 0.0), ("away", 3.0), ("away", 6.0)]
+START = 0.2
+
+
+def variants(base: RunConfig) -> list[dict[str, Any]]:
+    """All variants, those that share outliers after each other: first the kinds of the configured set, then the modes."""
+    own = {
+        "mode": base.outliers.mode,
+        "guidance_weight": base.outliers.guidance_weight,
+        "start_fraction": base.outliers.start_fraction,
+    }
+    ours = [{"part": "kinds", **own, "keep": name, "controls": controls} for controls in (True, False) for name in KEEPS]
+    none = {"part": "kinds", **own, "keep": "none", "controls": False}
+    others = sorted(
+        MODES, key=lambda mode: mode != (own["mode"], own["guidance_weight"])
+    )  # the one whose outliers are there comes first
+    rest = {"start_fraction": START, "keep": "all", "controls": True}
+    modes = [{"part": "modes", "mode": mode, "guidance_weight": weight, **rest} for mode, weight in others]
+    return [none, *ours, *modes]
+
+
+def name_of(variant: dict[str, Any]) -> str:
+    """A variant in words."""
+    if variant["part"] == "modes":
+        return f"{variant['mode']}, w = {variant['guidance_weight']:g}"
+    return f"{variant['keep']}, {'with' if variant['controls'] else 'no'} controls"
+
+
+def configured(base: RunConfig, variant: dict[str, Any], seed: int) -> RunConfig:
+    """The configuration of one variant and seed."""
+    data, clustering = base.data, base.clustering
+    if data.train.path == "demo":
+        data = dataclasses.replace(data, demo_left_out=LEFT_OUT[seed])
+        clustering = dataclasses.replace(clustering, clusters=5)
+    outliers = dataclasses.replace(
+        base.outliers, mode=variant["mode"], guidance_weight=variant["guidance_weight"], start_fraction=variant["start_fraction"]
+    )
+    ratios = {"control_ratio": base.detector.control_ratio if variant["controls"] else 0.0}
+    if variant["keep"] == "none":
+        ratios["outlier_ratio"] = 0.0
+    return dataclasses.replace(
+        base,
+        seed=seed,
+        data=data,
+        clustering=clustering,
+        outliers=outliers,
+        detector=dataclasses.replace(base.detector, **ratios),
+        selection=SelectionConfig(KEEPS.get(variant["keep"], list(KINDS)), base.selection.flip_confidence),
+    )
+
+
+def run_variant(base: RunConfig, variant: dict[str, Any], seed: int, folder: Path) -> list[dict[str, Any]]:
+    """One row an OOD set: the detector's score, with the AUROC of its distance term alone beside it."""
+    config = configured(base, variant, seed)
+    left = config.data.demo_left_out
+    facts = {
+        "method": name_of(variant),
+        "seed": seed,
+        "protocol": "test sets" if left is None else "a digit left out",
+        "left_out": left,
+        **variant,
+    }
+    try:
+        run(config, folder, "evaluate")
+    except RunError as error:  # a kind that the set has none of
+        return [{**facts, "skipped": str(error)}]
+    verdicts = read_verdicts(OutlierSet(folder / "outliers").manifest, folder)
+    found = kinds(verdicts, config.selection.flip_confidence)
+    used = 0 if variant["keep"] == "none" else int(choose(verdicts, config.selection).kept.sum())
+    facts |= {"outliers_kept": used, "outliers": len(found)}
+    facts |= {f"{kind}_rate": 100 * float((found == number).double().mean()) for number, kind in enumerate(KINDS)}
+    rows = read_json(folder / "evaluation" / "rows.json")
+    distance = {row["ood"]: row["auroc"] for row in rows if row["method"] == "sdood-distance"}
+    names = {row["ood"]: "left-out digit" if left is not None and row["group"] == "near" else row["ood"] for row in rows}
+    return [
+        {**row, **facts, "ood": names[row["ood"]], "auroc_distance": distance[row["ood"]]}
+        for row in rows
+        if row["method"] == "sdood"
+    ]
+
+
+def ranking(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and deviation of the near AUROC of every variant, and of its difference to `all, with controls` of the same seed."""
+    near = {(row["method"], row["seed"]): row["auroc"] for row in rows if row.get("group") == "near"}
+    found = []
+    for method in dict.fromkeys(method for method, _ in near):
+        seeds = [seed for name, seed in near if name == method]
+        mean, deviation = mean_and_deviation([near[method, seed] for seed in seeds])
+        shared = [near[method, seed] - near["all, with controls", seed] for seed in seeds if ("all, with controls", seed) in near]
+        difference = mean_and_deviation(shared) if shared else (None, None)
+        found.append({"variant": method, "seeds": len(seeds), "auroc_near": mean, "deviation": deviation,
+                      "gain": difference[0], "gain_deviation": difference[1]})  # fmt: skip
+    return sorted(found, key=lambda row: -row["auroc_near"])
+
+
+def main() -> None:
+    """Run all variants and write results/selection[-suffix].json after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yml")
+    parser.add_argument("--labels", choices=["hidden", "given"], default="hidden")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(LEFT_OUT))
+    parser.add_argument("--epochs", type=int, help="of the detector, in place of the configuration's")
+    parser.add_argument("--renders", type=int, help="of the embedded data, in place of the configuration's")
+    parser.add_argument("--train", help="training images in place of the configuration's")
+    parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
+    options = parser.parse_args()
+    base = dataclasses.replace(read_config(options.config), report=False)
+    if options.epochs:
+        base = dataclasses.replace(base, detector=dataclasses.replace(base.detector, epochs=options.epochs))
+    if options.renders:
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, demo_renders=options.renders))
+    if options.train:
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, train=ImagesConfig(options.train)))
+    if options.labels == "given":
+        base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
+    name = f"selection{options.suffix}"
+    path = RESULTS / f"{name}.json"
+    old = read_json(path) if path.exists() else {}
+    rows = old["rows"] if old.get("config_sha256") == value_hash(as_dict(base)) else []
+    spent = old["wall_s"] if rows else 0.0
+    for seed in options.seeds:
+        for variant in variants(base):
+            if any(row["method"] == name_of(variant) and row["seed"] == seed for row in rows):
+                continue
+            rows += run_variant(base, variant, seed, ROOT / "runs" / "benchmarks" / f"{name}-{seed}")
+            write_result(
+                name,
+                as_dict(base),
+                sorted({row["seed"] for row in rows}),
+                rows,
+                spent_s=spent,
+                facts={"labels": options.labels, "ranking": ranking(rows)},
+            )
+    print(table([row for row in rows if "auroc" in row]))
+    for row in ranking(rows):
+        print(f"{row['variant']:32s} {row['auroc_near']:.2f} +- {row['deviation']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

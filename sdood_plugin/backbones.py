@@ -1,0 +1,135 @@
+"""The networks behind `features.Backbone`: our small one, timm's, and which weights and poolings fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import RunError, UsageError
+
+HUB = "hub"  # in place of a file of weights: timm's own pre-trained ones
+_CLASSIFIERS = ("head.", "head_dist.", "fc.", "classifier.")  # what timm calls the layers that `num_classes=0` leaves out
+
+
+class SmallCNN(nn.Module):
+    """Three stages of two 3 x 3 convolutions for images of 16 to 32 px; float (B, 3, H, W) -> (B, 128)."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for stage, out in enumerate((width, 2 * width, 4 * width)):
+            for _ in range(2):
+                layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+                channels = out
+            if stage < 2:
+                layers.append(nn.MaxPool2d(2))
+        self.layers = nn.Sequential(*layers)
+        self.num_features = channels
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Pooled features of the last stage."""
+        return self.layers(images).mean(dim=(2, 3))
+
+    @staticmethod
+    def group_matcher(coarse: bool = False) -> Callable[[str], int]:
+        """timm's way to say which block a parameter belongs to: here its stage, the first one being the stem."""
+        return lambda name: int(name.split(".")[1]) // 7  # a stage is two of convolution, norm and ReLU, and a pooling
+
+
+def make_body(name: str, pretrained: bool = False) -> tuple[nn.Module, int | None, tuple[float, ...], tuple[float, ...]]:
+    """A network without a classifier, its input side (None: any), and the mean and deviation its images want.
+
+    Raises:
+        UsageError: timm knows no model of that name, or has no weights for it.
+        RunError: The weights could not be had.
+    """
+    if name in ("small_cnn", "resnet18_cifar"):
+        if pretrained:
+            raise UsageError("weights", HUB, f"a safetensors file for {name}", "give one, or the name of a timm model")
+        return SmallCNN() if name == "small_cnn" else _resnet18_cifar(), None, (0.5,) * 3, (0.5,) * 3
+    return _timm(name, pretrained)
+
+
+def _resnet18_cifar() -> nn.Module:
+    import timm
+
+    model = timm.create_model("resnet18", num_classes=0)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
+    import timm
+
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise UsageError(
+            "backbone",
+            name,
+            f"small_cnn, resnet18_cifar or a timm model such as {near or ['vit_tiny_patch16_224']}",
+            "check the name",
+        )
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError) as error:  # of many kinds, no connection among them
+        if not pretrained:
+            raise
+        raise RunError(
+            f"weights of {name} from the hub",
+            f"{type(error).__name__}: {error}",
+            "a connection, or a copy in the cache",
+            "download them elsewhere and give the safetensors file",
+        ) from error
+    settings = timm.data.resolve_data_config({}, model=model)
+    return model, settings["input_size"][-1], settings["mean"], settings["std"]
+
+
+def is_plain_vit(body: nn.Module) -> bool:
+    """Whether `forward_intermediates`, `blocks`, `norm` and `forward_head` are all there is to its forward pass."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return type(body) is VisionTransformer  # its subclasses take other ways through their blocks
+
+
+def set_pooling(name: str, body: Any, pooling: str) -> None:
+    """Choose the class token or the mean token; timm's `forward_head` then gives it.
+
+    Raises:
+        UsageError: The model has no such token.
+    """
+    if pooling == "own":
+        return
+    if not hasattr(body, "blocks") or (pooling == "cls" and getattr(body, "cls_token", None) is None):
+        raise UsageError("detector.pooling", pooling, f"own for {name}", "cls and mean are for transformers that have it")
+    body.reset_classifier(0, "token" if pooling == "cls" else "avg")
+
+
+def fitting_weights(tensors: dict[str, torch.Tensor], body: nn.Module, name: str, file: object) -> dict[str, torch.Tensor]:
+    """Those of a file's tensors that are the body's, with or without the prefix `body.`; a classifier's are left out.
+
+    Raises:
+        UsageError: One is absent, has another shape, or is of nothing the body has; the message counts them.
+    """
+    own = {key.removeprefix("body."): value for key, value in tensors.items()}
+    wanted = body.state_dict()
+    kept = {key: value for key, value in own.items() if key in wanted}
+    misfit = [key for key, value in kept.items() if value.shape != wanted[key].shape]
+    cases = [
+        [f"no {key}" for key in sorted(set(wanted) - set(kept))],
+        [f"{key} of shape {tuple(kept[key].shape)}, not {tuple(wanted[key].shape)}" for key in misfit],
+        [f"{key}, which it has not" for key in sorted(set(own) - set(kept)) if not key.startswith(_CLASSIFIERS)],
+    ]
+    for found in cases:
+        if found:
+            raise UsageError(
+                f"weights {file}",
+                f"{found[0]} ({len(found)} such of {len(wanted)} tensors)",
+                f"every tensor of {name} and no other",
+                "give the weights of this backbone",
+            )
+    return kept

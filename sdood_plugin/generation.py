@@ -1,0 +1,108 @@
+"""The stage that makes the outlier set and its same-class controls, whole or a shard of it, and the look at a few beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+
+from .artifacts import file_hash
+from .context import Context
+from .data.images import spread
+from .detector.network import load_network
+from .diffusion.unet import load_unet
+from .features import evaluating, extract
+from .outliers.blocks import in_blocks
+from .outliers.generate import generate as make
+from .outliers.generate import sample_jobs
+from .outliers.recipe import Recipe
+from .outliers.storage import remove_set
+from .outliers.verdicts import Judge
+from .training import place, unet_format
+
+
+def generate(run: Context, folder: Path, key: str) -> None:
+    """outliers/ and, if wanted, controls/, made of all training images, held-out ones included."""
+    make_sets(run, run.folder)
+
+
+def make_sets(run: Context, into: Path, *, shard: tuple[int, int] | None = None, shards: Sequence[Path] = ()) -> None:
+    """Write `into`/controls, if wanted, and `into`/outliers; what is there of the same recipe is kept.
+
+    Args:
+        run: A run with trained reference network and diffusion model.
+        into: The run folder, or a shard's own.
+        shard: (i, n): only the i-th of n parts.
+        shards: Folders written by all n shards, to be put together.
+    """
+    unet, judge, found = load_sampler(run), load_judge(run), recipes(run)
+    if "controls" not in found and run.is_main:
+        remove_set(into / "controls")
+    for name, recipe in found.items():
+        make(
+            recipe,
+            unet,
+            into / name,
+            accelerator=run.accelerator,
+            judge=judge,
+            shard=shard,
+            shards=[other / name for other in shards],
+            controls=into / "controls" if name == "outliers" and "controls" in found else None,
+            name=name,
+        )
+
+
+def recipes(run: Context) -> dict[str, Recipe]:
+    """What to make, by the name of its folder: controls first, which the outliers' data card shows."""
+    config = run.config.outliers
+    outliers = Recipe(
+        run.train,
+        run.labels.labels,
+        run.labels.classes,
+        config,
+        run.config.diffusion,
+        run.seed("outliers"),
+        file_hash(run.folder / "diffusion" / "unet.safetensors"),
+        file_hash(run.folder / "reference" / "reference.safetensors"),
+    )
+    same = dataclasses.replace(outliers, config=dataclasses.replace(config, mode="same", per_source=1))
+    return {"controls": same, "outliers": outliers} if config.controls else {"outliers": outliers}
+
+
+def load_sampler(run: Context) -> UNet2DModel:
+    """The run's diffusion model on its device."""
+    weights, device = run.folder / "diffusion" / "unet.safetensors", run.accelerator.device
+    unet = load_unet(weights, run.config.diffusion, classes=run.labels.classes, image_size=run.train.images.shape[-1])
+    return place(unet, device, unet_format(device))
+
+
+def load_judge(run: Context) -> Judge:
+    """The run's reference network as a function of uint8 images: features and class probabilities."""
+    device = run.accelerator.device
+    network = load_network(run.folder / "reference" / "reference.safetensors").to(device)
+
+    def judge(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = extract(network.backbone, images, device=device)
+        with evaluating(network):
+            return features, network.g_in(features).softmax(dim=1)
+
+    return judge
+
+
+def sample_triplets(run: Context, count: int) -> list[torch.Tensor]:
+    """Sources spread over the training images, their controls and their outliers: uint8 (K, 3, H, W) each, K at most `count`.
+
+    They are those of the set to be made, but for rounding.
+    """
+    outliers, unet = recipes(run)["outliers"], load_sampler(run)
+    controls = dataclasses.replace(outliers, config=dataclasses.replace(outliers.config, mode="same"))
+    rows = spread(len(run.train), min(count, len(run.train)))
+    parts = in_blocks(torch.stack([rows, torch.zeros_like(rows)], dim=1), outliers.config, outliers.seed)
+    made = [
+        torch.cat([sample_jobs(recipe, unet, part.jobs, run.accelerator.device) for part in parts])
+        for recipe in (controls, outliers)
+    ]
+    return [run.train.images[torch.cat([part.jobs[:, 0] for part in parts])], *made]

@@ -1,0 +1,83 @@
+"""An outlier set in one file of arrays, or in tar shards as webdataset reads them."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..artifacts import atomic_path
+from ..errors import UsageError
+from .dataset import OutlierSet
+from .files import checked_file
+
+SAMPLES_A_TAR = 10_000
+_CHUNK = 4096  # images in memory at once
+
+
+def export_set(folder: Path, dest: Path) -> str:
+    """Write a whole set to `dest`: an .npz, or a new folder of tar files; equal sets give equal bytes.
+
+    Every image is checked against its hash on the way, and at no time are all in memory.
+
+    Args:
+        folder: The outlier set.
+        dest: A path ending in .npz (arrays `images` uint8 (N, H, W, 3), `labels` and `sources` int64 (N,)), or a folder for
+            outliers-000000.tar and so on, each sample an image as it is in the set, `.cls` (label) and `.json` (its row).
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UsageError: `dest` exists.
+        RunError: The set is broken, or the disk is full.
+    """
+    if dest.exists():
+        raise UsageError("--to", dest, "a path where nothing is", "choose another path; nothing was written")
+    made = OutlierSet(folder)
+    if dest.suffix == ".npz":
+        _write_arrays(made, dest)
+        return f"{len(made)} outliers in {dest}"
+    count = sum(1 for _ in _write_tars(made, dest))
+    return f"{len(made)} outliers in {count} tar files in {dest}"
+
+
+def _write_arrays(made: OutlierSet, path: Path) -> None:
+    """An .npz as np.savez writes it, the images a chunk at a time."""
+    size = made.meta["image_size"]
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open(zipfile.ZipInfo("images.npy"), "w", force_zip64=True) as stream:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(made), size, size, 3)}
+            np.lib.format.write_array_header_2_0(stream, header)
+            for rows in torch.arange(len(made)).split(_CHUNK):
+                stream.write(made.read(rows).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+        for name, values in (("labels", made.labels), ("sources", made.sources)):
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, values.numpy(), allow_pickle=False)
+
+
+def _write_tars(made: OutlierSet, dest: Path) -> Iterator[Path]:
+    """Tar files of 10,000 samples; yields each when it is whole."""
+    rows = iter(made.manifest)
+    for number, start in enumerate(range(0, len(made), SAMPLES_A_TAR)):
+        path = dest / f"outliers-{number:06d}.tar"
+        with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for _ in range(min(SAMPLES_A_TAR, len(made) - start)):
+                row = next(rows)
+                name, suffix = Path(row["file"]).stem, Path(row["file"]).suffix
+                _add(archive, f"{name}{suffix}", checked_file(made.folder, row["file"], row["sha256"]))
+                _add(archive, f"{name}.cls", row["source_label"].encode())
+                _add(archive, f"{name}.json", json.dumps(row).encode())
+        yield path
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)  # of the year 1970, so that the same set gives the same bytes
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))

@@ -1,0 +1,23 @@
+"""The scores that the network's heads give by themselves, without any bank; larger = more OOD."""
+
+from __future__ import annotations
+
+import torch
+
+
+def head_scores(binary: torch.Tensor, inside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What g_bin and g_in say of B images.
+
+    Args:
+        binary: float (B, 2) logits of g_bin; class 1 is outlier.
+        inside: float (B, C) logits of g_in.
+
+    Returns:
+        float (B,) each. `g_bin`: its probability of an outlier. `msp`: minus the largest class probability (Hendrycks &
+        Gimpel, ICLR 2017). `energy`: minus the log of the summed exponentials (Liu et al., NeurIPS 2020).
+    """
+    return {
+        "g_bin": binary.softmax(dim=1)[:, 1],
+        "msp": -inside.softmax(dim=1).amax(dim=1),
+        "energy": -inside.logsumexp(dim=1),
+    }

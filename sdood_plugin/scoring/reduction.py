@@ -1,0 +1,31 @@
+"""Smaller banks: their rows replaced by the centres of k-means clusters."""
+
+from __future__ import annotations
+
+import torch
+
+
+def reduce_banks(banks: tuple[torch.Tensor, torch.Tensor], size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both banks with at most `size` rows together, each shrunk by the same factor, so that votes keep their odds.
+
+    Args:
+        banks: float (N, D) and (M, D).
+        size: Rows wanted; None keeps all.
+
+    Returns:
+        Centres of scikit-learn's MiniBatchKMeans (Sculley, WWW 2010), on the banks' device, or the banks themselves.
+    """
+    total = sum(len(bank) for bank in banks)
+    if size is None or size >= total:
+        return banks
+    outliers = max(1, round(size * len(banks[1]) / total)) if len(banks[1]) else 0
+    return _centres(banks[0], size - outliers), _centres(banks[1], outliers)
+
+
+def _centres(bank: torch.Tensor, count: int) -> torch.Tensor:
+    from sklearn.cluster import MiniBatchKMeans
+
+    if count >= len(bank):
+        return bank
+    means = MiniBatchKMeans(count, batch_size=max(1024, 4 * count), n_init=1, random_state=0, compute_labels=False)
+    return torch.from_numpy(means.fit(bank.cpu().numpy()).cluster_centers_).to(bank)

@@ -1,0 +1,92 @@
+"""The comparators' stages: what they train, that they start from the same weights, and that no test image is near."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+from sdood_plugin.artifacts import read_json, read_tensors
+from sdood_plugin.cli import expand_shortcuts, main
+from sdood_plugin.comparison import Comparators
+from sdood_plugin.config import ClusteringConfig, CompareConfig
+from sdood_plugin.context import Context
+from sdood_plugin.run import run
+
+from .test_run import tiny_config
+
+NEW = ["dn2", "mscl", "multi-class", "fake-it"]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "run"
+    config = tiny_config(compare=CompareConfig(["distance", "msp", *NEW], mscl_lr=0.01, fake_it_steps=2))
+    run(config, folder, "compare")
+    return config, folder
+
+
+def test_every_comparator_has_its_rows_and_every_image_its_scores(compared):
+    config, folder = compared
+    rows = read_json(folder / "comparison" / "rows.json")
+    methods = ["distance", "msp", "dn2", "dn2-cosine", "mscl", "multi-class", "multi-class-cosine", "fake-it", "fake-it-cosine"]
+    assert [row["method"] for row in rows if row["ood"] == "noise"] == methods
+    for name, count in (("id", 30), ("digits", 20), ("noise", 20)):
+        with (folder / "comparison" / f"scores-{name}.csv").open() as stream:
+            lines = list(csv.DictReader(stream))
+        assert len(lines) == count and list(lines[0]) == ["path", *methods]
+    quality = read_json(folder / "comparators" / "fake-it" / "fakes.json")
+    kept = int((~Context(config, folder).heldout).sum())
+    assert quality["steps"] == 2 and quality["count"] == kept
+    assert len(read_tensors(folder / "comparators" / "fake-it" / "fakes.safetensors")["images"]) == kept
+
+
+def test_frozen_and_fine_tuned_features_start_from_the_pretext(compared):
+    config, folder = compared
+    pretext = read_tensors(folder / "clustering" / "backbone.safetensors")
+    comparators = Comparators(Context(config, folder), folder / "comparators", "")
+    assert comparators._pretrained == folder / "clustering" / "backbone.safetensors"
+    mscl = read_tensors(folder / "comparators" / "mscl" / "backbone.safetensors")
+    assert torch.equal(mscl["body.layers.0.weight"], pretext["body.layers.0.weight"])  # frozen half
+
+
+def test_trained_comparators_are_not_trained_again(compared, monkeypatch):
+    config, folder = compared
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("trained again")
+
+    for name in ("train_detector", "train_mscl", "train_simclr", "train_diffusion"):
+        monkeypatch.setattr(f"sdood_plugin.comparison.{name}", refuse)
+    fewer = dataclasses.replace(config, scoring=dataclasses.replace(config.scoring, normalise=False))
+    assert run(fewer, folder, "compare")["train-comparators"] == "done"
+
+
+def test_training_the_comparators_reads_no_test_image(tmp_path, monkeypatch):
+    config = tiny_config(compare=CompareConfig([*NEW, "oe-noise"], fake_it_steps=1))
+    run(config, tmp_path / "run", "train-reference")
+
+    def refuse(_self):
+        raise AssertionError("test images")
+
+    monkeypatch.setattr(Context, "ood", property(refuse))
+    monkeypatch.setattr(Context, "test", property(refuse))
+    monkeypatch.setattr("sdood_plugin.run.check_input", lambda _context: None)
+    assert run(config, tmp_path / "run", "train-comparators")["train-comparators"] == "ran"
+    with pytest.raises(AssertionError, match="test images"):
+        run(config, tmp_path / "run", "compare")
+
+
+def test_given_labels_have_no_pretext_so_the_comparators_train_one(tmp_path):
+    clustering = ClusteringConfig(method="given", pretext_steps=2, pretext_batch_size=16, augmentation="digits")
+    run(tiny_config(clustering=clustering, compare=CompareConfig(["dn2"])), tmp_path / "run", "compare")
+    assert (tmp_path / "run" / "comparators" / "pretext" / "pretext.safetensors").exists()
+
+
+def test_method_is_a_shortcut_for_the_list_of_methods(tmp_path, capsys):
+    spelt = expand_shortcuts(["compare", "--out", "run", "--method", "dn2", "--method=fake-it"])
+    assert spelt[:3] == ["compare", "--compare.methods", "[dn2,fake-it]"]
+    assert main(["compare", "--out", str(tmp_path), "--method", "dn3"]) == 2
+    assert "dn3" in capsys.readouterr().err

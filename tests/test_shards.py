@@ -1,0 +1,123 @@
+"""The outlier set of a run made in parts, and looked at before it is made, through the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import yaml
+from PIL import Image
+
+from sdood_plugin.cli import main
+from sdood_plugin.config import OutliersConfig, as_dict
+from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.run import run
+
+from .test_run import artefacts, tiny_config
+
+OUTLIERS = OutliersConfig(sampling_steps=1, sources=20, batch_size=8, start_fraction=[0.1, 0.3], guidance_weight=[0.0, 4.0])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder in which all that `generate` needs is there."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    config = dataclasses.replace(tiny_config(), outliers=OUTLIERS)
+    for stage in ("train-reference", "train-diffusion"):
+        run(config, folder, stage)
+    return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_preview_draws_triplets_and_touches_no_set(folder, capsys):
+    assert main(["generate", "--out", str(folder), "--preview", "5"]) == 0
+    assert capsys.readouterr().out.strip().endswith("preview.png")
+    with Image.open(folder / "preview.png") as figure:
+        assert figure.size == (5 * 66 + 2, 3 * 66 + 2)
+    assert not (folder / "outliers").exists() and not (folder / "controls").exists()
+    assert main(["generate", "--out", str(folder), "--preview", "0"]) == 2
+
+
+def test_shards_merge_to_the_set_of_one_call(folder, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    assert main(["generate", "--out", str(whole)]) == 0
+    assert main(["generate", "--out", str(folder), "--shard", "1/2"]) == 0
+    assert main(["generate", "--out", str(folder), "--merge"]) == 1
+    assert "make the missing shard" in capsys.readouterr().err
+    assert main(["generate", "--out", str(folder), "--shard", "2/2"]) == 0
+    assert main(["generate", "--out", str(folder), "--merge"]) == 0
+    for name in ("outliers", "controls"):
+        assert artefacts(folder / name) == artefacts(whole / name)
+        OutlierSet(folder / name).verify()
+    rows = list(OutlierSet(folder / "outliers").manifest)
+    assert len({row["start_fraction"] for row in rows}) > 4 and len({row["guidance_weight"] for row in rows}) == 20
+    assert all(row["predicted_after"] and row["reference"] for row in rows)
+    controls = {row["source_index"]: row for row in OutlierSet(folder / "controls").manifest}
+    assert all(controls[row["source_index"]]["start_fraction"] == row["start_fraction"] for row in rows)
+    capsys.readouterr()
+    assert main(["generate", "--out", str(folder)]) == 0  # nothing is left to do
+    assert main(["export-outliers", str(folder / "outliers"), "--to", str(tmp_path / "set.npz")]) == 0
+    assert "20 outliers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shard", "3/2"], "--shard: got 3/2"),
+        (["--shard", "1"], "--shard: got 1"),
+        (["--shard", "0/2"], "--shard: got 0/2"),
+        (["--merge"], "no shards in"),
+        (["--merge", "--shard", "1/2"], "one at a time"),
+        (["--shard", "1/2", "--diffusion.steps", "7"], "no result of `train-diffusion` with these settings"),
+        (["--preview", "2", "--detector.epochs", "7"], "no result of `train-reference` with these settings"),
+        (["--outliers.start_fraction", "[0.1,0.4]"], "diffusion.max_start_fraction"),
+    ],
+)
+def test_wrong_usage_is_one_line(folder, arguments, said, capsys):
+    before = artefacts(folder)
+    assert main(["generate", "--out", str(folder), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sdood: error: ") and said in error
+    assert artefacts(folder) == before
+
+
+def test_a_folder_in_the_place_of_the_set_is_left_alone(folder, capsys):
+    (folder / "outliers").mkdir()
+    (folder / "outliers" / "thesis.tex").write_text("years of work")
+    assert main(["generate", "--out", str(folder)]) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert [path.name for path in (folder / "outliers").iterdir()] == ["thesis.tex"]
+
+
+def test_another_reference_network_makes_no_image_again(folder):
+    config = dataclasses.replace(tiny_config(), outliers=OUTLIERS)
+    run(config, folder, "generate")
+    images = {file: file.stat().st_mtime_ns for file in (folder / "outliers" / "images").rglob("*.png")}
+    before = list(OutlierSet(folder / "outliers").manifest)
+    run(dataclasses.replace(config, detector=dataclasses.replace(config.detector, epochs=3)), folder, "generate")
+    after = list(OutlierSet(folder / "outliers").manifest)
+    assert {file: file.stat().st_mtime_ns for file in images} == images
+    assert [row["file"] for row in after] == [row["file"] for row in before]
+    assert all(a["reference"] != b["reference"] for a, b in zip(after, before, strict=True))
+
+
+def test_controls_that_are_not_wanted_any_more_go(folder):
+    config = dataclasses.replace(tiny_config(), outliers=OUTLIERS)
+    run(config, folder, "generate")
+    assert (folder / "controls" / "meta.json").exists()
+    run(dataclasses.replace(config, outliers=dataclasses.replace(OUTLIERS, controls=False)), folder, "generate")
+    assert not (folder / "controls").exists() and len(OutlierSet(folder / "outliers")) == 20
+
+
+def test_ranges_survive_the_configuration_file(tmp_path):
+    from sdood_plugin.cli import read_config
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(as_dict(dataclasses.replace(tiny_config(), outliers=OUTLIERS))))
+    assert read_config(tmp_path / "config.yaml").outliers == OUTLIERS
