@@ -15,7 +15,7 @@ from benchmarks.paired import paired_rows, read_scores
 from benchmarks.record import mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
-from sdood_plugin.config import as_dict
+from sdood_plugin.config import CompareConfig, as_dict
 from sdood_plugin.context import Context
 from sdood_plugin.run import run
 from sdood_plugin.stages import label_quality
@@ -37,6 +37,7 @@ def main() -> None:
 
         torch.set_num_threads(options.threads)
     base = dataclasses.replace(read_config(options.config), report=False)
+    base = dataclasses.replace(base, compare=dataclasses.replace(base.compare, methods=CompareConfig().methods))
     if options.labels == "given":
         base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
     name = f"demo-{options.labels}{options.suffix}"

@@ -4,8 +4,9 @@ An unconditional score model is trained on the normal images and stopped before 
 are near-distribution outliers. A pre-trained network is fine-tuned to tell them from normal images, and the score is the
 sum of squared distances to the k = 2 nearest normal training features. What differs from paper and code, and why:
 - The official code starts from files of ready outliers, as many as normal images; the score model itself is that of
-  another repository (a VE SDE with 1,000 predictor-corrector steps). Here it is this project's U-Net as one class,
-  noise prediction over all T steps, sampled with DPM-Solver++.
+  another repository (a VE SDE with 1,000 predictor-corrector steps). Here it is this project's U-Net as one class over
+  all T steps, sampled with DPM-Solver++. It predicts v: a small U-Net that predicts noise and starts from pure noise
+  divides its error by sqrt(abar) = 0.006 in the first step, and its samples are saturated colours.
 - The paper stops by FID (about 45 on CIFAR-10 in the seed's figure, where a converged model reaches 3). `fake_it_steps`
   is when to stop; the Frechet distance that was reached is recorded. Learning rate and EMA follow the diffusion settings.
 - The paper's task has one class as normal, and one model a class; here all training images are normal, as in the
@@ -36,7 +37,7 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def unconditional(config: DiffusionConfig, steps: int | None) -> DiffusionConfig:
     """The diffusion settings for a model of all T noise levels, stopped after `steps` (null: half of the settings' own)."""
-    return dataclasses.replace(config, max_start_fraction=1.0, steps=steps or max(1, config.steps // 2))
+    return dataclasses.replace(config, prediction="v", max_start_fraction=1.0, steps=steps or max(1, config.steps // 2))
 
 
 def binary(config: DetectorConfig, pretrained: Path) -> DetectorConfig:
