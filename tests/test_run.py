@@ -219,27 +219,10 @@ def test_two_processes_make_the_same_outliers(finished, tmp_path):
     shutil.copytree(finished, folder)
     for name in ("outliers", "controls", "stages/generate.json"):
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "sdood_plugin",
-        "generate",
-        "--out",
-        str(folder),
-    ]
-    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.two_processes", "generate"]
+    done = subprocess.run(
+        [sys.executable, *launch, "generate", "--out", str(folder)], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("outliers", "controls"):
         assert artefacts(folder / name) == artefacts(finished / name)
