@@ -16,6 +16,7 @@ from .errors import SdoodError, UsageError
 COMMANDS = {
     "run": "all stages in order, then metrics, figures and report.html",
     "cluster": "pseudo-labels of the images (labels.csv)",
+    "train-reference": "the classifier of real images alone that judges outliers and carries comparators",
     "train-diffusion": "the class-conditional diffusion model",
     "generate": "the outlier set and its same-class controls",
     "inspect": "what the outliers are like: flips, copies, backgrounds, distances; grids of a run's set or of any FOLDER",

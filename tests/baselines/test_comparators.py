@@ -98,7 +98,7 @@ def test_fake_it_tells_fakes_from_id_and_knows_no_class(generator):
 
 def test_fakes_start_from_pure_noise_over_all_noise_levels(generator):
     config = unconditional(DiffusionConfig(max_start_fraction=0.2, steps=30), None)
-    assert (config.max_start_fraction, config.steps) == (1.0, 15)
+    assert (config.prediction, config.max_start_fraction, config.steps) == ("v", 1.0, 15)
     assert unconditional(config, 4).steps == 4
     seen = []
 

@@ -35,7 +35,9 @@ def test_what_is_packed_comes_back(tmp_path, monkeypatch):
     for name in weights:
         torch.testing.assert_close(back[name], weights[name], atol=0, rtol=2**-8)
     assert handover._metadata(tmp_path / "again" / "diffusion" / "unet.safetensors") == {"backbone": "x"}
+    (tmp_path / "again" / "labels.csv").unlink()
     handover.pack(tmp_path / "again", tmp_path / "kept")  # rounding twice is rounding once
+    assert not (tmp_path / "kept" / "labels.csv").exists()
     handover.unpack(tmp_path / "kept", tmp_path / "third")
     third = read_tensors(tmp_path / "third" / "diffusion" / "unet.safetensors")
     assert all(torch.equal(third[name], back[name]) for name in back)
