@@ -16,7 +16,7 @@ from sdood_plugin.clustering.finetune import scan_through_backbone, self_label_t
 from sdood_plugin.clustering.scan import ClusterHead
 from sdood_plugin.config import ClusteringConfig, DataConfig, ImagesConfig, RunConfig
 from sdood_plugin.context import Context
-from sdood_plugin.data.images import ImageSet
+from sdood_plugin.data.images import ImageSet, save_png
 from sdood_plugin.errors import RunError
 from sdood_plugin.metrics import clustering_metrics
 from sdood_plugin.run import run
@@ -104,6 +104,23 @@ def test_permuted_true_labels_change_no_byte_of_a_run_but_the_verdict(tmp_path):
     assert verdicts[0]["acc"] == 100 > verdicts[1]["acc"]
 
 
+def test_labels_go_out_and_come_in_again(tmp_path):
+    for i, image in enumerate(textures().images):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        save_png(tmp_path / "pictures" / f"{i}.png", image)
+    base = RunConfig(device="cpu", data=DataConfig(ImagesConfig(str(tmp_path / "pictures")), image_size=None), clustering=TINY)
+    run(base, tmp_path / "found", "cluster")
+    found = Context(base, tmp_path / "found").labels
+    imglist = ImagesConfig(str(tmp_path / "found" / "clustering" / "imglist.txt"), root=str(tmp_path / "pictures"))
+    for name, data, labels in (
+        ("csv", base.data, str(tmp_path / "found" / "labels.csv")),
+        ("imglist", dataclasses.replace(base.data, train=imglist), None),
+    ):
+        given = dataclasses.replace(base, data=data, clustering=ClusteringConfig(method="given", labels=labels))
+        run(given, tmp_path / name, "cluster")
+        assert torch.equal(Context(given, tmp_path / name).labels.labels, found.labels)
+
+
 METHODS = [{}, {"self_label_epochs": 2}, {"finetune_epochs": 1}, {"method": "kmeans"}, {"method": "gmm"}]
 
 
@@ -123,7 +140,7 @@ def test_copies_are_clustered_alike(tmp_path, accelerator, changes):
     assert torch.equal(labels[:20], labels[20:40]) and torch.equal(labels[:20], labels[40:])
 
 
-@pytest.mark.parametrize("changes", [change for change in METHODS if "finetune_epochs" not in change])
+@pytest.mark.parametrize("changes", METHODS)
 def test_thirty_images_and_more_clusters_than_there_are(tmp_path, accelerator, changes):
     # three clusters of two textures: an answer that splits one of them, or an error that says what to do
     try:
