@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -219,11 +220,11 @@ def test_two_processes_make_the_same_outliers(finished, tmp_path):
     shutil.copytree(finished, folder)
     for name in ("outliers", "controls", "stages/generate.json"):
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.two_processes", "generate"]
-    done = subprocess.run(
-        [sys.executable, *launch, "generate", "--out", str(folder)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.two_processes"]
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the launcher would take one, which rounds otherwise
+    command = [*launch, "generate", "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent.parent, env=env)
+    assert done.returncode == 0, done.stderr[:4000]
     for name in ("outliers", "controls"):
         assert artefacts(folder / name) == artefacts(finished / name)
 
