@@ -1,6 +1,6 @@
 """How fast outliers are made, beside two things a user would write with diffusers and the same weights.
 
-python -m benchmarks.sampling_speed RUN --images 512 --ours 6 0 1 6.0 --ours 5 0.05 1 6.5
+python -m benchmarks.sampling_speed RUN --images 512 --ours dpm 6 0 1 6.0 --ours dpm 5 0.05 1 6.5
 RUN is a folder of `sdood inspect`: it has the diffusion model, the pseudo-labels and the reference classifier.
 
 naive: DDPMScheduler, every step from S, two forwards for condition and null, float32.
@@ -235,12 +235,11 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=None, help="S / T")
     parser.add_argument(
         "--ours",
-        type=float,
-        nargs=4,
+        nargs=5,
         action="append",
-        metavar=("STEPS", "LOW", "HIGH", "W"),
+        metavar=("SAMPLER", "STEPS", "LOW", "HIGH", "W"),
         required=True,
-        help="steps, interval of guidance as fractions of T, w: few steps may need another w for as many flips; repeatable",
+        help="interval of guidance as fractions of T; few steps may need another w for as many flips; repeatable",
     )
     parser.add_argument("--compile", action="store_true", help="also torch.compile (a minute or more for each batch shape)")
     parser.add_argument("--only", nargs="+", help="names of methods, to try things out")
