@@ -40,6 +40,7 @@ from sdood_plugin.randomness import normal
 from sdood_plugin.training import place, unet_format
 
 SEED = 0
+BASELINES = ("naive", "informed")
 FLIP_POINTS, DISTANCE_SHARE = 2.0, 0.05
 
 
@@ -153,11 +154,11 @@ def methods(compiled: Setting | None, options: argparse.Namespace) -> list[Metho
         Method("naive, batched forward", lambda s, b: naive(s, b, batched=True)),
         Method("informed", informed),
     ]
-    for steps, low, high, weight in options.ours:
-        changes = {"sampler": "dpm", "sampling_steps": int(steps), "guidance_interval": [low, high], "guidance_weight": weight}
-        name = f"ours: {steps:g} steps, w = {weight:g}" + (
-            f", guided from {low:g} to {high:g} T" if (low, high) != (0, 1) else ""
-        )
+    for sampler, steps, *numbers in options.ours:
+        low, high, weight = map(float, numbers)
+        changes = {"sampler": sampler, "sampling_steps": int(steps), "guidance_interval": [low, high], "guidance_weight": weight}
+        interval = f", guided from {low:g} to {high:g} T" if (low, high) != (0, 1) else ""
+        name = f"ours: {sampler}, {steps} steps, w = {weight:g}{interval}"
         found.append(Method(name, lambda s, b, changes=changes: ours(s, b, **changes)))
         if compiled is not None:
             found.append(Method(f"{name}, compiled", lambda s, b, changes=changes: ours(compiled, b, **changes)))
@@ -205,22 +206,21 @@ class Judge:
 
 
 def summarise(found: list[Method], judge: Judge, labels: torch.Tensor, batch_size: int) -> list[dict[str, Any]]:
-    """One row a method, and for each of ours one against each baseline."""
-    rows = []
+    """One row for each method and baseline: what it made, how fast, and how it stands to the baseline."""
+    figures = {}
     for method in found:
         made = torch.cat(method.made)
         speed = batch_size / statistics.median(method.seconds)
-        rows.append({"method": method.name, "images": len(made), "images_per_s": speed, **judge(made, labels[: len(made)])})
-    for row, method in zip(rows, found, strict=True):
-        for name in ("naive", "informed"):
-            other = next((i for i, m in enumerate(found) if m.name == name), None)
-            if other is None or method.name == name:
-                continue
-            pairs = zip(found[other].seconds, method.seconds, strict=True)
-            flips, distance = row["flip_rate"] - rows[other]["flip_rate"], row["fd"] / rows[other]["fd"] - 1
-            row[f"ratio_{name}"] = statistics.median(theirs / own for theirs, own in pairs)
-            row[f"equal_{name}"] = abs(flips) <= FLIP_POINTS and abs(distance) <= DISTANCE_SHARE
-            row[f"flips_to_{name}"], row[f"fd_to_{name}"] = flips, 100 * distance
+        figures[method.name] = {"images": len(made), "images_per_s": speed, **judge(made, labels[: len(made)])}
+    rows = []
+    for baseline in (method for method in found if method.name in BASELINES):
+        for method in found:
+            own, theirs = figures[method.name], figures[baseline.name]
+            ratio = statistics.median(other / mine for other, mine in zip(baseline.seconds, method.seconds, strict=True))
+            flips, distance = own["flip_rate"] - theirs["flip_rate"], own["fd"] / theirs["fd"] - 1
+            equal = abs(flips) <= FLIP_POINTS and abs(distance) <= DISTANCE_SHARE
+            row = {"baseline": baseline.name, "method": method.name, "ratio": ratio, **own}
+            rows.append(row | {"flips_above": flips, "fd_above_percent": 100 * distance, "equal": equal})
     return rows
 
 

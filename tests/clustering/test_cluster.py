@@ -34,7 +34,7 @@ TINY = ClusteringConfig(
     head_epochs=20,
     head_lr=0.02,
     finetune_batch_size=16,
-    finetune_lr=1e-3,
+    finetune_lr=1e-4,
     self_label_threshold=0.6,
 )
 
