@@ -61,7 +61,7 @@ def write_result(
 
 
 FIGURES = ("auroc", "aupr", "fpr95", "fid", "fd", "flip_rate", "stay_rate", "acc", "nmi", "ari", "images_per_s", "ratio")
-CELLS = ("start_fraction", "guidance_weight")  # numbers that tell rows apart, as every text does
+CELLS = ("start_fraction", "guidance_weight", "limit")  # numbers that tell rows apart, as every text does
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
