@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -37,7 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -46,9 +47,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_process(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder, made where there is none, against other processes until the block ends.
+
+    Args:
+        folder: The folder.
+        what: What it is, for the message.
+
+    Raises:
+        RunError: Another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise disk_error(folder, error) from error
+    with os.fdopen(handle, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = "in use by another process"
+            raise RunError(f"{what} {folder}", busy, "one process at a time", "wait for it or choose another folder") from error
+        yield
 
 
 def _umask() -> int:
@@ -57,12 +83,13 @@ def _umask() -> int:
     return value
 
 
-def _disk_error(path: Path, error: OSError) -> RunError:
+def disk_error(path: Path, error: OSError) -> RunError:
+    """A failure to write, in one line."""
     return RunError(
         f"writing {path}",
         error.strerror or error,
         "a folder with write permission and free space",
-        "free space or choose another --out; finished stages are kept",
+        "free space and give the same command again; what is finished is kept",
     )
 
 

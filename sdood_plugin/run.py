@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
 import shutil
 import sys
@@ -17,12 +16,12 @@ import yaml
 
 from . import stages
 from ._version import __version__
-from .artifacts import file_hash, provenance, read_json, value_hash, write_json, write_text
+from .artifacts import file_hash, only_process, provenance, read_json, value_hash, write_json, write_text
 from .backbones import HUB
 from .clustering.labels import given_labels
 from .config import RunConfig, as_dict
 from .context import Context
-from .errors import RunError, UsageError
+from .errors import UsageError
 from .features import check_backbone
 from .stage_table import BY_NAME, Stage, chosen_stages
 
@@ -156,23 +155,7 @@ def locked(folder: Path, is_main: bool) -> Iterator[None]:
         raise UsageError(
             "--out", folder, "a new folder, an empty one, or an earlier run's", "choose another folder; nothing was written"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise RunError(
-            f"run folder {folder}", error.strerror, "a folder with write permission", "choose another --out"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"run folder {folder}",
-                "in use by another process",
-                "one process at a time",
-                "wait for it or choose another --out",
-            ) from error
+    with only_process(folder, "run folder"):
         yield
 
 

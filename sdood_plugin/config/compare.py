@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from .check import require, require_positive
 
-Comparator = Literal[
-    "distance",
-    "msp",
-    "energy",
-    "knn",
-    "mahalanobis",
-    "vim",
-    "oe-noise",
-    "dn2",
-    "mscl",
-    "multi-class",
-    "fake-it",
-    "oe",
-    "energy-oe",
-    "background",
-]
+_Standard = Literal["distance", "msp", "energy", "knn", "mahalanobis", "vim", "oe-noise", "dn2", "mscl", "multi-class", "fake-it"]
+Comparator = Literal[_Standard, "oe", "energy-oe", "background"]
 
 
 @dataclass(frozen=True)
@@ -41,21 +27,7 @@ class CompareConfig:
         fake_it_steps: When the training of Fake-it's diffusion model is stopped; null is half of diffusion.steps.
     """
 
-    methods: list[Comparator] = field(
-        default_factory=lambda: [
-            "distance",
-            "msp",
-            "energy",
-            "knn",
-            "mahalanobis",
-            "vim",
-            "oe-noise",
-            "dn2",
-            "mscl",
-            "multi-class",
-            "fake-it",
-        ]
-    )
+    methods: list[Comparator] = field(default_factory=lambda: list(get_args(_Standard)))
     mscl_lr: float = 1e-5
     mscl_angular: float = 1.0
     fake_it_steps: int | None = None

@@ -86,7 +86,13 @@ class OutlierSet(Dataset):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.meta: dict[str, Any] = read_json(self.folder / "meta.json")
+        meta = self.folder / "meta.json"
+        if not meta.is_file():
+            ours = "a finished outlier set, as `sdood generate` writes it"
+            raise RunError(f"folder {folder}", "no meta.json", ours, "check the path; a run's set is its OUT/outliers")
+        self.meta: dict[str, Any] = read_json(meta)
+        if not isinstance(self.meta, dict):
+            raise RunError(f"file {meta}", type(self.meta).__name__, "an object", "copy the whole folder again")
         path = self.folder / "manifest.csv"
         self.manifest: Manifest
         self.manifest, (files, hashes, labels, sources) = open_manifest(path, ("file", "sha256", "source_label", "source_index"))

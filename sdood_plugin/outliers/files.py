@@ -26,12 +26,6 @@ def check_name(name: str, where: object) -> None:
         raise RunError(f"file name in {where}", repr(name), "a path inside the folder", "do not use this outlier set")
 
 
-def disk_error(path: Path, error: OSError) -> RunError:
-    """A failure to write, in one line."""
-    expected = "a folder with write permission and free space"
-    return RunError(f"writing {path}", error.strerror or error, expected, "free space and give the same command again")
-
-
 def read_file(folder: Path, name: str) -> bytes:
     """The bytes of a set's file; neither it nor the folders between may be symbolic links.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..artifacts import write_csv
+from ..artifacts import disk_error, write_csv
 from ..errors import RunError
-from .files import disk_error, read_file
+from .files import read_file
 from .manifest import COLUMNS
 from .recipe import Recipe
 from .storage import STATE, part_file, read_part, set_key

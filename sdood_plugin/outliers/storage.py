@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..artifacts import read_json, write_json
+from ..artifacts import disk_error, only_process, read_json, write_json
 from ..errors import RunError, UsageError
-from .files import disk_error, read_file
+from .files import read_file
 from .manifest import COLUMNS
 
 STATE, META, PARTS = "in-progress.json", "meta.json", "parts"
@@ -49,21 +47,7 @@ def only_writer(folder: Path, is_main: bool = True) -> Iterator[None]:
         yield
         return
     require_ours(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    with os.fdopen(handle, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                f"outlier set {folder}",
-                "in use by another process",
-                "one writer at a time",
-                "wait for it or choose another folder",
-            ) from error
+    with only_process(folder, "outlier set"):
         yield
 
 

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..artifacts import value_hash, write_text
+from ..artifacts import disk_error, value_hash, write_text
 from ..config import SelectionConfig
 from ..errors import RunError, UsageError
 from .dataset import OutlierSet
-from .files import checked_file, disk_error
+from .files import checked_file
 from .manifest import write_lists
 from .select import Selection, choose, read_verdicts
 from .storage import META, finished, only_writer, prepare, set_key

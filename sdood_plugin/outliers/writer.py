@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..artifacts import write_csv
+from ..artifacts import disk_error, write_csv
 from ..errors import RunError
-from .files import disk_error, encode, read_file
+from .files import encode, read_file
 from .manifest import COLUMNS
 from .storage import part_file
 

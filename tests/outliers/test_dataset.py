@@ -130,6 +130,8 @@ def tampered(folder, what):
         (folder / "meta.json").unlink()
     if what == "half a meta":
         (folder / "meta.json").write_text("{")
+    if what == "a meta of another kind":
+        (folder / "meta.json").write_text("[]")
     if what == "one image more":
         shutil.copy(first, folder / "images" / "0000" / "more.png")
     if what == "another imglist":
@@ -147,7 +149,8 @@ def tampered(folder, what):
         ("a row cut short", "values in row 24"),
         ("no text", "UTF-8|no file"),
         ("no manifest", "manifest.csv"),
-        ("no meta", "meta.json"),
+        ("no meta", "no meta.json.*a finished outlier set"),
+        ("a meta of another kind", "meta.json: got list.*an object"),
         ("half a meta", "meta.json"),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, accelerator, recipe, 
 
 
 def test_two_writers_are_refused(tmp_path, unet, accelerator, recipe):
-    with only_writer(tmp_path), pytest.raises(RunError, match=r"in use by another process.*one writer at a time"):
+    with only_writer(tmp_path), pytest.raises(RunError, match=r"in use by another process.*one process at a time"):
         write(tmp_path, idle, recipe, accelerator)
     write(tmp_path, unet, recipe, accelerator)  # the lock went with its holder
 
