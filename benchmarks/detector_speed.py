@@ -38,7 +38,7 @@ from sdood_plugin.features import Backbone
 from sdood_plugin.hosts.openood.device import on_device
 from sdood_plugin.hosts.openood.host import require_host
 from sdood_plugin.randomness import step_generator
-from sdood_plugin.training import make_accelerator
+from sdood_plugin.training import Job, make_accelerator
 
 WARM = 5  # steps before the clock starts: allocation, loader processes, compilation
 LIST = "benchmark_imglist/cifar10/train_cifar10.txt"
@@ -130,12 +130,8 @@ def _ours(
                 None,
                 None,
                 dataclasses.replace(config, augmentation=augmentation),
+                Job(accelerator, Path(folder), seed),
                 classes=10,
-                accelerator=accelerator,
-                seed=seed,
-                folder=Path(folder),
-                key="",
-                checkpoint_seconds=1e9,
                 loss=loss,
             )
         return clock.images_per_s

@@ -30,7 +30,7 @@ from sdood_plugin.diffusion.unet import build_unet
 from sdood_plugin.outliers.generate import generate
 from sdood_plugin.outliers.recipe import Recipe
 from sdood_plugin.outliers.sample import sample_batch
-from sdood_plugin.training import make_accelerator, place, unet_format
+from sdood_plugin.training import Job, make_accelerator, place, unet_format
 
 CLASSES, PARTS = 10, ["training", "sampling", "processes"]
 BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}  # dense, by the makers' data sheets
@@ -64,12 +64,8 @@ def training(size: str, side: int, batch_size: int, steps: int, compiled: bool) 
                 images.images,
                 images.labels,
                 config,
+                Job(accelerator, Path(folder)),
                 classes=CLASSES,
-                accelerator=accelerator,
-                seed=0,
-                folder=Path(folder),
-                key="",
-                checkpoint_seconds=1e9,
             )
         return time.perf_counter() - begin
 

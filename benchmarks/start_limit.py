@@ -40,8 +40,8 @@ def compare(context: Context, limits: list[float], outliers: list[OutliersConfig
             context.train.images[kept],
             labels.labels[kept],
             diffusion,
+            context.job(folder, str(as_dict(diffusion)), "diffusion"),
             classes=labels.classes,
-            **context.training(folder, str(as_dict(diffusion)), "diffusion"),
         )
         for config in outliers:
             chosen = spread(len(context.train), sources)

@@ -29,7 +29,7 @@ from .features import Backbone, evaluating, extract, load_backbone
 from .neighbours import nearest
 from .outliers.fidelity import distances
 from .stages import read_outliers, write_curves
-from .training import place, unet_format
+from .training import Job, place, unet_format
 
 Scorer = Callable[[list[torch.Tensor]], dict[str, list[torch.Tensor]]]  # sets of uint8 images -> by row, scores of each set
 
@@ -153,9 +153,9 @@ class Comparators:
                 self._train.images,
                 backbone,
                 config.compare,
+                self._job("mscl"),
                 epochs=config.detector.epochs,
                 augmentation=config.clustering.augmentation,
-                **self._training("mscl"),
             )
             self._keep(path, lambda: write_tensors(path, backbone.state_dict()), history)
         scorer = self._knn("mscl", place(backbone, self.device))
@@ -204,7 +204,7 @@ class Comparators:
         path = self.folder / "pretext" / "pretext.safetensors"
         if not path.exists():
             config = dataclasses.replace(clustering, backbone=backbone)
-            model, history = train_simclr(self.run.train.images, config, **self._training("pretext"))
+            model, history = train_simclr(self.run.train.images, config, self._job("pretext"))
             self._keep(path, lambda: write_tensors(path, model.state_dict()), history)
         return path
 
@@ -224,10 +224,10 @@ class Comparators:
             outliers,
             controls,
             config,
+            self._job(name),
             classes=self.run.labels.classes,
             name=name,
             loss=loss,
-            **self._training(name),
         )
         self._keep(path, lambda: save_network(path, network), history)
         return network
@@ -239,7 +239,7 @@ class Comparators:
             return read_tensors(path)["images"]
         diffusion = unconditional(config.diffusion, config.compare.fake_it_steps)
         images, nothing = self._train.images, torch.zeros(len(self._train.images), dtype=torch.int64)
-        unet, history = train_diffusion(images, nothing, diffusion, classes=1, **self._training("fake-it-diffusion"))
+        unet, history = train_diffusion(images, nothing, diffusion, self._job("fake-it-diffusion"), classes=1)
         fakes = sample_fakes(
             self._denoiser(unet), len(images), images.shape[-1], diffusion, seed=self.run.seed("fakes"), device=self.device
         )
@@ -265,8 +265,8 @@ class Comparators:
         write_json(path.with_name("fakes.json"), {"steps": diffusion.steps, "count": len(fakes), **found})
         write_tensors(path, {"images": fakes})
 
-    def _training(self, name: str) -> dict[str, Any]:
-        return self.run.training(self.folder / name, f"{self.key}/{name}", name)
+    def _job(self, name: str) -> Job:
+        return self.run.job(self.folder / name, f"{self.key}/{name}", name)
 
     def _keep(self, path: Path, write: Callable[[], None], history: dict[str, list[float]]) -> None:
         """Write what was trained, its losses first: the file says that it is done."""

@@ -15,7 +15,7 @@ from .data.images import ImageSet
 from .data.sources import load_images
 from .errors import RunError
 from .randomness import derive_seed
-from .training import make_accelerator
+from .training import Job, make_accelerator
 
 
 @dataclass
@@ -127,15 +127,9 @@ class Context:
         """The seed of one stage."""
         return derive_seed(self.config.seed, stage)
 
-    def training(self, folder: Path, key: str, stage: str) -> dict[str, Any]:
-        """The arguments every training takes."""
-        return {
-            "accelerator": self.accelerator,
-            "seed": self.seed(stage),
-            "folder": folder,
-            "key": key,
-            "checkpoint_seconds": self.config.checkpoint_seconds,
-        }
+    def job(self, folder: Path, key: str, stage: str) -> Job:
+        """What a training of a stage is given."""
+        return Job(self.accelerator, folder, self.seed(stage), key, self.config.checkpoint_seconds)
 
     @property
     def is_main(self) -> bool:

@@ -17,6 +17,7 @@ from .context import Context
 from .detector.training import Labelled, train_detector
 from .run import check_input, is_current
 from .stage_table import chosen_stages
+from .training import Job
 
 PROBE_STEPS = 3
 
@@ -106,19 +107,19 @@ def _estimate(context: Context) -> dict[str, float]:
     classes = config.clustering.clusters
     labels = torch.arange(len(images)) % classes
     with tempfile.TemporaryDirectory() as temporary:
-        common = {"accelerator": context.accelerator, "seed": 0, "folder": Path(temporary), "key": "", "checkpoint_seconds": 1e9}
+        job = Job(context.accelerator, Path(temporary))
 
         def pretext(steps: int) -> object:
-            return train_simclr(images, dataclasses.replace(config.clustering, pretext_steps=steps), **common)
+            return train_simclr(images, dataclasses.replace(config.clustering, pretext_steps=steps), job)
 
         def diffusion(steps: int) -> object:
-            return train_diffusion(images, labels, dataclasses.replace(config.diffusion, steps=steps), classes=classes, **common)
+            return train_diffusion(images, labels, dataclasses.replace(config.diffusion, steps=steps), job, classes=classes)
 
         def detector(epochs: int) -> object:
             batch = images[: min(len(images), config.detector.batch_size)]
             data = Labelled(batch, labels[: len(batch)])
             return train_detector(
-                data, data, data, dataclasses.replace(config.detector, epochs=epochs, weights=None), classes=classes, **common
+                data, data, data, dataclasses.replace(config.detector, epochs=epochs, weights=None), job, classes=classes
             )
 
         pretext_steps = _pretext_steps(config.clustering, len(images))
@@ -127,7 +128,7 @@ def _estimate(context: Context) -> dict[str, float]:
         steps = config.detector.epochs * max(1, int((~context.heldout).sum()) // config.detector.batch_size)
         detector_seconds = _per_unit(detector, 1, 1 + PROBE_STEPS) * steps
         unet = train_diffusion(
-            images[:2], labels[:2], dataclasses.replace(config.diffusion, steps=1, batch_size=2), classes=classes, **common
+            images[:2], labels[:2], dataclasses.replace(config.diffusion, steps=1, batch_size=2), job, classes=classes
         )[0]
     size = min(config.outliers.batch_size, len(images))
     few = dataclasses.replace(config.outliers, sampling_steps=1, start_fraction=bounds(config.outliers.start_fraction)[1])

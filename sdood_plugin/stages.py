@@ -30,7 +30,7 @@ def cluster(run: Context, folder: Path, key: str) -> None:
     from .clustering.labels import example_rows, write_imglist, write_labels
 
     config = run.config.clustering
-    labels, backbone, curves, notes = cluster_images(run.train, config, **run.training(folder, key, "cluster"))
+    labels, backbone, curves, notes = cluster_images(run.train, config, run.job(folder, key, "cluster"))
     run.__dict__.pop("labels", None)
     if not run.is_main:
         return
@@ -69,7 +69,7 @@ def train_diffusion(run: Context, folder: Path, key: str) -> None:
     labels, kept = run.labels, ~run.heldout
     config = run.config.diffusion
     unet, history = train(
-        run.train.images[kept], labels.labels[kept], config, classes=labels.classes, **run.training(folder, key, "diffusion")
+        run.train.images[kept], labels.labels[kept], config, run.job(folder, key, "diffusion"), classes=labels.classes
     )
     if not run.is_main:
         return
@@ -150,10 +150,10 @@ def train_network(
         outliers,
         controls,
         run.config.detector,
+        run.job(folder, key, name),
         classes=labels.classes,
         name=name,
         loss=loss,
-        **run.training(folder, key, name),
     )
     if run.is_main:
         save_network(folder / f"{name}.safetensors", network)

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from .artifacts import atomic_path
 from .config import RunConfig
 from .errors import RunError, UsageError
+from .randomness import step_generator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,6 +33,34 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Any) -> Any:
         """Take a state of `state_dict`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every training is given besides its data and settings.
+
+    Args:
+        accelerator: Device, precision and processes.
+        folder: Where checkpoints go.
+        seed: Seed of this training.
+        key: What the training depends on; a checkpoint of another key is not resumed.
+        checkpoint_seconds: How often to write a checkpoint; the default is never.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    seed: int = 0
+    key: str = ""
+    checkpoint_seconds: float = math.inf
+
+    @property
+    def device(self) -> torch.device:
+        """The accelerator's device."""
+        return self.accelerator.device
+
+    def generator(self, name: str, step: int) -> torch.Generator:
+        """The generator on the device of one step's random numbers of a name."""
+        return step_generator(self.seed, name, step, self.device)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -137,14 +167,12 @@ def train_steps(
     step: Callable[[int], Mapping[str, torch.Tensor]],  # does one optimiser step, returns scalar losses, `loss` among them
     steps: int,
     state: Mapping[str, Stateful],  # what a checkpoint must hold
+    job: Job,
     *,
-    accelerator: Accelerator,
-    checkpoint: Path,
-    key: str,  # what the training depends on; a checkpoint of another key is not resumed
-    checkpoint_seconds: float,
     name: str,
+    checkpoint: str = "checkpoint.pt",
 ) -> dict[str, list[float]]:
-    """Run `step` for 0 .. steps - 1, resuming from `checkpoint` where there is one.
+    """Run `step` for 0 .. steps - 1, resuming from the job's checkpoint of that file name where there is one.
 
     Returns:
         The losses by name, one value a step.
@@ -152,9 +180,10 @@ def train_steps(
     Raises:
         RunError: A loss is NaN or infinite; the step is named.
     """
-    first, history = _resume(checkpoint, key, state)
+    path = job.folder / checkpoint
+    first, history = _resume(path, job.key, state)
     recent: list[dict[str, torch.Tensor]] = []
-    check_every = 1 if accelerator.device.type == "cpu" else 25
+    check_every = 1 if job.device.type == "cpu" else 25
     saved = time.monotonic()
 
     def flush(done: int) -> None:
@@ -171,17 +200,17 @@ def train_steps(
                 history.setdefault(loss_name, []).append(number)
         recent.clear()
 
-    with progress_bar(name, steps, "step", accelerator.is_main_process, first) as bar:
+    with progress_bar(name, steps, "step", job.accelerator.is_main_process, first) as bar:
         for index in range(first, steps):
             recent.append({loss_name: value.detach() for loss_name, value in step(index).items()})
             if len(recent) >= check_every or index + 1 == steps:
                 flush(index + 1)
                 bar.set_postfix(loss=f"{history['loss'][-1]:.4f}", refresh=False)
             bar.update()
-            if time.monotonic() - saved >= checkpoint_seconds and index + 1 < steps:
+            if time.monotonic() - saved >= job.checkpoint_seconds and index + 1 < steps:
                 flush(index + 1)
-                if accelerator.is_main_process:
-                    _save(checkpoint, key, index + 1, history, state)
+                if job.accelerator.is_main_process:
+                    _save(path, job.key, index + 1, history, state)
                 saved = time.monotonic()
     return history
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sdood_plugin.training import Job
+
 
 class Killed(Exception):
     """What a test ends a training with."""
@@ -42,21 +44,21 @@ def assert_same(first, second):
 
 
 def assert_resumes(train, folder, accelerator, *, die_at):
-    """`train(folder, accelerator, key=, checkpoint_seconds=)` ends alike whether it was killed or not.
+    """`train(job)` ends alike whether it was killed or not.
 
     A checkpoint of another key must not be used: the result then is that of a training from the start.
     """
     import pytest
 
-    whole = train(folder / "whole", accelerator, key="k", checkpoint_seconds=1e9)
+    whole = train(Job(accelerator, folder / "whole", key="k"))
     assert not (folder / "whole" / "checkpoint.pt").exists()
     for key, resumed in (("k", True), ("other", False)):
         where = folder / key
         with pytest.raises(Killed):
-            train(where, Dying(accelerator, die_at), key="k", checkpoint_seconds=0.0)
+            train(Job(Dying(accelerator, die_at), where, key="k", checkpoint_seconds=0.0))
         saved = torch.load(where / "checkpoint.pt", weights_only=True)
         assert saved["step"] == die_at - 1 and saved["key"] == "k"
         counting = Dying(accelerator, 10**9)
-        assert_same(train(where, counting, key=key, checkpoint_seconds=1e9), whole)
+        assert_same(train(Job(counting, where, key=key)), whole)
         steps = 10**9 - counting._left
         assert steps == len(whole[1]["loss"]) - (die_at - 1 if resumed else 0)  # it went on, or began again

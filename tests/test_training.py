@@ -10,7 +10,7 @@ import torch
 
 from sdood_plugin.config import RunConfig
 from sdood_plugin.errors import RunError, UsageError
-from sdood_plugin.training import Descent, initialised, make_accelerator, share, train_steps, warmup_cosine
+from sdood_plugin.training import Descent, Job, initialised, make_accelerator, share, train_steps, warmup_cosine
 
 from .resuming import Killed
 
@@ -39,11 +39,9 @@ def run(
         step,
         steps,
         {"counter": counter},
-        accelerator=accelerator,
-        checkpoint=folder / "c.pt",
-        key=key,
-        checkpoint_seconds=seconds,
+        Job(accelerator, folder, key=key, checkpoint_seconds=seconds),
         name="trial",
+        checkpoint="c.pt",
     )
 
 
@@ -98,12 +96,8 @@ def test_a_network_that_diverges_names_its_step(tmp_path, accelerator, tiny, pic
             pictures.images,
             pictures.labels,
             wild,
+            Job(accelerator, tmp_path),
             classes=3,
-            accelerator=accelerator,
-            seed=0,
-            folder=tmp_path,
-            key="",
-            checkpoint_seconds=1e9,
         )
 
 

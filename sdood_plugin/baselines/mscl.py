@@ -14,11 +14,9 @@ mean of the training features before fine-tuning; the score is DN2's on phi. Whe
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.nn import functional as F
 
 from ..clustering.simclr import nt_xent
@@ -27,8 +25,7 @@ from ..data.augment import contrastive_view
 from ..data.images import to_unit
 from ..errors import UsageError
 from ..features import Backbone, extract
-from ..randomness import step_generator
-from ..training import place, share, train_steps
+from ..training import Job, place, share, train_steps
 
 BATCH_SIZE, WEIGHT_DECAY, TEMPERATURE = 64, 5e-5, 0.25
 
@@ -72,14 +69,10 @@ def train_mscl(
     images: torch.Tensor,
     backbone: Backbone,
     config: CompareConfig,
+    job: Job,
     *,
     epochs: int,
     augmentation: str,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    key: str,
-    checkpoint_seconds: float,
 ) -> tuple[Backbone, dict[str, list[float]]]:
     """Fine-tune a pre-trained backbone on unlabelled images.
 
@@ -87,18 +80,14 @@ def train_mscl(
         images: uint8 (N, 3, H, W).
         backbone: The pre-trained network, perhaps frozen in part; changed in place.
         config: Learning rate and weight of the angular loss.
+        job: What it runs on, its seed and where it is resumed from.
         epochs: Passes over the images.
         augmentation: Views, as for SimCLR: `digits` or `natural`.
-        accelerator: Device, precision and processes.
-        seed: Seed of this stage.
-        folder: Where the checkpoint goes.
-        key: What the training depends on.
-        checkpoint_seconds: How often to write a checkpoint.
 
     Returns:
         The backbone in evaluation mode on the accelerator's device, and each step's losses.
     """
-    device = accelerator.device
+    accelerator, device = job.accelerator, job.device
     backbone = place(backbone, device).eval()
     centre = F.normalize(extract(backbone, images, device=device), dim=1).mean(dim=0).clone()
     optimizer = torch.optim.SGD(freeze_first_half(backbone), lr=config.mscl_lr, weight_decay=WEIGHT_DECAY)
@@ -108,9 +97,9 @@ def train_mscl(
 
     def step(index: int) -> dict[str, torch.Tensor]:
         epoch, place_in_epoch = divmod(index, per_epoch)
-        order = torch.randperm(len(pool), generator=step_generator(seed, "mscl-order", epoch, device), device=device)
+        order = torch.randperm(len(pool), generator=job.generator("mscl-order", epoch), device=device)
         chosen = share(order[place_in_epoch * batch_size : (place_in_epoch + 1) * batch_size], accelerator)
-        generator = step_generator(seed, "mscl", index, device)
+        generator = job.generator("mscl", index)
         batch = to_unit(pool[chosen])
         views = torch.cat([contrastive_view(batch, generator, augmentation) for _ in range(2)])
         with accelerator.autocast():
@@ -126,10 +115,7 @@ def train_mscl(
         step,
         epochs * per_epoch,
         {"backbone": backbone, "optimizer": optimizer},
-        accelerator=accelerator,
-        checkpoint=folder / "checkpoint.pt",
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        job,
         name="MSCL",
     )
     return backbone, history

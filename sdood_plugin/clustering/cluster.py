@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,7 +12,7 @@ from ..config import ClusteringConfig
 from ..data.images import ImageSet
 from ..errors import RunError
 from ..features import Backbone, load_backbone
-from ..training import place
+from ..training import Job, place
 from .finetune import predict, scan_through_backbone, self_label_through_backbone
 from .labels import PseudoLabels, check_labels, given_labels
 from .mixtures import gaussian_mixture, k_means
@@ -42,12 +40,7 @@ class Clustering(NamedTuple):
 def cluster_images(
     images: ImageSet,
     config: ClusteringConfig,
-    *,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    key: str,
-    checkpoint_seconds: float,
+    job: Job,
 ) -> Clustering:
     """Pseudo-label a set of images; its own labels are looked at for the method `given` only.
 
@@ -57,29 +50,22 @@ def cluster_images(
     if config.method == "given":
         return Clustering(given_labels(images, config.labels), None, {}, [])
     _check_count(images, config)
-    training = {
-        "accelerator": accelerator,
-        "seed": seed,
-        "folder": folder,
-        "key": key,
-        "checkpoint_seconds": checkpoint_seconds,
-    }
     curves: dict[str, dict[str, list[float]]] = {}
     if config.weights is not None:
-        backbone = place(load_backbone(config.backbone, config.weights), accelerator.device)
+        backbone = place(load_backbone(config.backbone, config.weights), job.device)
     else:
-        backbone, curves["simclr"] = train_simclr(images.images, config, **training)  # type: ignore[arg-type]
-    features = extract_all(backbone, images.images, accelerator)
+        backbone, curves["simclr"] = train_simclr(images.images, config, job)
+    features = extract_all(backbone, images.images, job.accelerator)
     mean, std = feature_scale(features)
     notes: list[str] = []
     if config.method == "scan":
         points = F.normalize((F.normalize(features, dim=1) - mean) / std, dim=1)
-        neighbours = mine_neighbours(points, config.neighbours, accelerator)
-        probabilities, made, notes = _scan(backbone, images.images, features, neighbours, config, training)
+        neighbours = mine_neighbours(points, config.neighbours, job.accelerator)
+        probabilities, made, notes = _scan(backbone, images.images, features, neighbours, config, job)
         curves |= made
         confidence, labels = (values.cpu() for values in probabilities.max(dim=1))
     else:
-        labels, confidence = (k_means if config.method == "kmeans" else gaussian_mixture)(features, config.clusters, seed)
+        labels, confidence = (k_means if config.method == "kmeans" else gaussian_mixture)(features, config.clusters, job.seed)
     check_labels(labels, f"the {config.method} clustering", config.clusters)
     return Clustering(PseudoLabels(labels, confidence, config.clusters), backbone, curves, notes)
 
@@ -104,18 +90,18 @@ def _scan(
     features: torch.Tensor,
     neighbours: torch.Tensor,
     config: ClusteringConfig,
-    training: dict[str, Any],
+    job: Job,
 ) -> tuple[torch.Tensor, dict[str, dict[str, list[float]]], list[str]]:
     """Probabilities (N, C), curves and notes of the two speeds: a head on frozen features, or on through the backbone."""
-    accelerator, curves, notes = training["accelerator"], {}, list[str]()
-    head, curves["scan"] = scan_head(features, neighbours, config, training["seed"])
+    curves, notes = dict[str, dict[str, list[float]]](), list[str]()
+    head, curves["scan"] = scan_head(features, neighbours, config, job.seed)
     if config.finetune_epochs == 0:
         if config.self_label_epochs > 0:
-            curves["self-label"], notes = self_label_head(head, features, config, training["seed"])
+            curves["self-label"], notes = self_label_head(head, features, config, job.seed)
         with torch.no_grad():
             return head(features).softmax(dim=1), curves, notes
     net = nn.Sequential(backbone.requires_grad_(True), head)
-    curves["scan-backbone"] = scan_through_backbone(net, images, neighbours, config, **training)
+    curves["scan-backbone"] = scan_through_backbone(net, images, neighbours, config, job)
     if config.self_label_epochs > 0:
-        curves["self-label"], notes = self_label_through_backbone(net, images, config, **training)
-    return predict(net, images, accelerator), curves, notes
+        curves["self-label"], notes = self_label_through_backbone(net, images, config, job)
+    return predict(net, images, job.accelerator), curves, notes

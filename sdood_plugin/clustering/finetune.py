@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch import nn
 
 from ..config import ClusteringConfig
 from ..data.augment import strong_view
-from ..randomness import step_generator
-from ..training import Descent, share, train_steps
+from ..training import Descent, Job, share, train_steps
 from .pool import ImagePool, compiled
 from .processes import extract_all, whole_batch
 from .scan import scan_loss
@@ -36,12 +34,7 @@ def scan_through_backbone(
     images: torch.Tensor,
     neighbours: torch.Tensor,
     config: ClusteringConfig,
-    *,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    key: str,
-    checkpoint_seconds: float,
+    job: Job,
 ) -> dict[str, list[float]]:
     """Train backbone and head by SCAN's loss; an image and its neighbour are each seen in a strong view.
 
@@ -50,37 +43,35 @@ def scan_through_backbone(
         images: uint8 (N, 3, H, W).
         neighbours: int64 (N, K), of the pretext; they stay what they are.
         config: Epochs, learning rate, batch size, entropy weight, kind of augmentation.
-        accelerator, seed, folder, key, checkpoint_seconds: As for `train_simclr`.
+        job: What it runs on, its seed and where it is resumed from.
 
     Returns:
         The loss a step.
     """
-    pool, neighbours = ImagePool(images, accelerator.device), neighbours.to(accelerator.device)
-    batch_size = _batch_size(config, len(images), accelerator)
+    pool, neighbours = ImagePool(images, job.device), neighbours.to(job.device)
+    batch_size = _batch_size(config, len(images), job.accelerator)
     steps = config.finetune_epochs * max(1, len(images) // batch_size)
-    descend = _descent(net, config, steps, accelerator)
-    network = compiled(descend.wrapped, accelerator.device)
+    descend = _descent(net, config, steps, job.accelerator)
+    network = compiled(descend.wrapped, job.device)
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        generator = step_generator(seed, "scan-finetune", index, accelerator.device)
-        order = torch.randperm(len(pool), generator=generator, device=accelerator.device)[:batch_size]
-        picks = torch.randint(neighbours.shape[1], (batch_size,), generator=generator, device=accelerator.device)
-        rows = torch.cat([share(order, accelerator), share(neighbours[order, picks], accelerator)])
-        logits = _logits(network, pool[rows], generator, config, accelerator)
-        first, second = (whole_batch(part, accelerator) for part in logits.chunk(2))
+        generator = job.generator("scan-finetune", index)
+        order = torch.randperm(len(pool), generator=generator, device=job.device)[:batch_size]
+        picks = torch.randint(neighbours.shape[1], (batch_size,), generator=generator, device=job.device)
+        rows = torch.cat([share(order, job.accelerator), share(neighbours[order, picks], job.accelerator)])
+        logits = _logits(network, pool[rows], generator, config, job.accelerator)
+        first, second = (whole_batch(part, job.accelerator) for part in logits.chunk(2))
         loss = scan_loss(first[None], second[None], config.entropy_weight)[0]
-        descend(loss * accelerator.num_processes)
+        descend(loss * job.accelerator.num_processes)
         return {"loss": loss}
 
     return train_steps(
         step,
         steps,
         descend.state,
-        accelerator=accelerator,
-        checkpoint=folder / "checkpoint-finetune.pt",
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        job,
         name="SCAN",
+        checkpoint="checkpoint-finetune.pt",
     )
 
 
@@ -102,12 +93,7 @@ def self_label_through_backbone(
     net: nn.Module,
     images: torch.Tensor,
     config: ClusteringConfig,
-    *,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    key: str,
-    checkpoint_seconds: float,
+    job: Job,
 ) -> tuple[dict[str, list[float]], list[str]]:
     """Train backbone and head on strong views of the confident images, which are chosen anew each epoch from plain views.
 
@@ -119,20 +105,20 @@ def self_label_through_backbone(
     Raises:
         RunError: A cluster has lost its last image, or no image is confident.
     """
-    pool, teachers = ImagePool(images, accelerator.device), _Teachers(accelerator.device)
-    batch_size = _batch_size(config, len(images), accelerator)
+    pool, teachers = ImagePool(images, job.device), _Teachers(job.device)
+    batch_size = _batch_size(config, len(images), job.accelerator)
     epoch_steps = max(1, len(images) // batch_size)
-    descend = _descent(net, config, config.self_label_epochs * epoch_steps, accelerator)
-    network = compiled(descend.wrapped, accelerator.device)
+    descend = _descent(net, config, config.self_label_epochs * epoch_steps, job.accelerator)
+    network = compiled(descend.wrapped, job.device)
 
     def step(index: int) -> dict[str, torch.Tensor]:
         if index % epoch_steps == 0:
-            teachers.confident = confident_images(predict(net, images, accelerator), config.self_label_threshold)
+            teachers.confident = confident_images(predict(net, images, job.accelerator), config.self_label_threshold)
             teachers.notes += report_clusters(teachers.confident, index // epoch_steps)
         rows, labels, weights = teachers.confident
-        generator = step_generator(seed, "self-label", index, accelerator.device)
-        chosen = share(torch.randint(len(rows), (batch_size,), generator=generator, device=rows.device), accelerator)
-        logits = _logits(network, pool[rows[chosen]], generator, config, accelerator)
+        generator = job.generator("self-label", index)
+        chosen = share(torch.randint(len(rows), (batch_size,), generator=generator, device=rows.device), job.accelerator)
+        logits = _logits(network, pool[rows[chosen]], generator, config, job.accelerator)
         loss = self_label_loss(logits, labels[chosen], weights)
         descend(loss)
         return {"loss": loss, "confident": torch.tensor(len(rows) / len(images))}
@@ -141,11 +127,9 @@ def self_label_through_backbone(
         step,
         config.self_label_epochs * epoch_steps,
         {**descend.state, "teachers": teachers},
-        accelerator=accelerator,
-        checkpoint=folder / "checkpoint-self-label.pt",
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        job,
         name="self-labelling",
+        checkpoint="checkpoint-self-label.pt",
     )
     return history, teachers.notes
 

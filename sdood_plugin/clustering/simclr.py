@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
 from ..config import ClusteringConfig
 from ..data.augment import contrastive_view
 from ..features import Backbone
-from ..randomness import derive_seed, step_generator
-from ..training import Descent, initialised, place, share, train_steps
+from ..randomness import derive_seed
+from ..training import Descent, Job, initialised, place, share, train_steps
 from .pool import ImagePool, compiled
 from .processes import whole_batch
 
@@ -38,29 +35,20 @@ def nt_xent(first: torch.Tensor, second: torch.Tensor, temperature: float) -> to
 def train_simclr(
     images: torch.Tensor,
     config: ClusteringConfig,
-    *,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    key: str,
-    checkpoint_seconds: float,
+    job: Job,
 ) -> tuple[Backbone, dict[str, list[float]]]:
     """Train a backbone on unlabelled images; every image of the batch is a negative, whatever process it is on.
 
     Args:
         images: uint8 (N, 3, H, W).
         config: The pretext's settings.
-        accelerator: Device, precision and processes.
-        seed: Seed of this stage.
-        folder: Where the checkpoint goes.
-        key: What the training depends on.
-        checkpoint_seconds: How often to write a checkpoint.
+        job: What it runs on, its seed and where it is resumed from.
 
     Returns:
         The backbone on the accelerator's device, without the projection head, and the loss a step.
     """
-    device, processes = accelerator.device, accelerator.num_processes
-    model = place(initialised(lambda: _with_projection(config.backbone), derive_seed(seed, "simclr-init")), device)
+    accelerator, device, processes = job.accelerator, job.device, job.accelerator.num_processes
+    model = place(initialised(lambda: _with_projection(config.backbone), derive_seed(job.seed, "simclr-init")), device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.pretext_lr, weight_decay=1e-4)
     descend = Descent(model, optimizer, config.pretext_steps, accelerator)
     network = compiled(descend.wrapped, device)
@@ -68,7 +56,7 @@ def train_simclr(
     batch_size = min(config.pretext_batch_size, len(images)) // processes * processes
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        generator = step_generator(seed, "simclr", index, device)
+        generator = job.generator("simclr", index)
         batch = pool[share(torch.randperm(len(pool), generator=generator, device=device)[:batch_size], accelerator)]
         views = torch.cat([contrastive_view(batch, generator, config.augmentation) for _ in range(2)])
         with accelerator.autocast():
@@ -82,10 +70,7 @@ def train_simclr(
         step,
         config.pretext_steps,
         descend.state,
-        accelerator=accelerator,
-        checkpoint=folder / "checkpoint.pt",
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        job,
         name="SimCLR",
     )
     return model[0], history  # type: ignore[return-value]

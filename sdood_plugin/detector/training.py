@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from ..config import DetectorConfig
 from ..data.augment import training_view
 from ..data.images import to_unit
 from ..features import Backbone, load_backbone
-from ..randomness import derive_seed, step_generator
-from ..training import Descent, Stateful, initialised, place, train_steps
+from ..randomness import derive_seed
+from ..training import Descent, Job, Stateful, initialised, place, train_steps
 from .batches import Batches, Labelled, Part, frozen_outputs, make_parts
 from .loss import full_precision, three_head_loss
 from .network import Heads, ThreeHeadNet
@@ -31,13 +30,9 @@ def train_detector(
     outliers: Labelled | None,
     controls: Labelled | None,
     config: DetectorConfig,
+    job: Job,
     *,
     classes: int,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    key: str,
-    checkpoint_seconds: float,
     name: str = "detector",
     loss: Loss | None = None,
 ) -> tuple[ThreeHeadNet, dict[str, list[float]]]:
@@ -48,27 +43,23 @@ def train_detector(
         outliers: Outliers with their sources' labels; None trains g_in alone by cross-entropy.
         controls: Same-class reconstructions that count as ID, so that "was denoised" does not give outliers away.
         config: The detector's settings.
+        job: What it runs on, its seed and where it is resumed from.
         classes: C.
-        accelerator: Device, precision and processes.
-        seed: Seed of this stage.
-        folder: Where the checkpoint goes.
-        key: What the training depends on.
-        checkpoint_seconds: How often to write a checkpoint.
         name: Name on the progress bar.
         loss: Replaces the three-head loss.
 
     Returns:
         The network in evaluation mode on the accelerator's device, and each step's losses.
     """
-    device = accelerator.device
+    accelerator, device = job.accelerator, job.device
     build = partial(_build, config, classes, inside.images.shape[-1])
-    network = place(initialised(build, derive_seed(seed, "detector-init")), device)
+    network = place(initialised(build, derive_seed(job.seed, "detector-init")), device)
     batch_size = min(config.batch_size, len(inside.images))
     steps = config.epochs * (len(inside.images) // batch_size)
     parts = make_parts(inside, controls, outliers, batch_size, (config.control_ratio, config.outlier_ratio))
     cached = _cached(network.backbone, parts, config, accelerator)
     pools = cached or [part._replace(inputs=part.inputs.to(device)) for part in parts]
-    batches = Batches([part._replace(labels=part.labels.to(device)) for part in pools], seed, accelerator)
+    batches = Batches([part._replace(labels=part.labels.to(device)) for part in pools], job.seed, accelerator)
     loss = loss or (_three_heads(config) if batches.has_outliers else _cross_entropy(config))
     average = _average(network, config)
     descent = Descent(network, make_optimizer(network, config), steps, accelerator, warmup_fraction=config.warmup_fraction)
@@ -77,7 +68,7 @@ def train_detector(
     def step(index: int) -> dict[str, torch.Tensor]:
         inputs, labels, flags = batches.draw(index)
         if not cached:
-            generator = step_generator(seed, "detector", index, device)
+            generator = job.generator("detector", index)
             inputs = training_view(inputs, generator, config.augmentation)
             inputs = to_unit(inputs).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
@@ -93,10 +84,7 @@ def train_detector(
         step,
         steps,
         state,
-        accelerator=accelerator,
-        checkpoint=folder / "checkpoint.pt",
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        job,
         name=name,
     )
     trained: ThreeHeadNet = network if average is None else average.module

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from functools import partial
 
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch.nn import functional as F
@@ -14,7 +13,7 @@ from ..config import DiffusionConfig
 from ..data.augment import flip
 from ..data.images import to_unit
 from ..randomness import derive_seed, step_generator
-from ..training import Descent, initialised, place, share, train_steps, unet_format
+from ..training import Descent, Job, initialised, place, share, train_steps, unet_format
 from .unet import alphas_bar, build_unet
 
 
@@ -61,13 +60,9 @@ def train_diffusion(
     images: torch.Tensor,
     labels: torch.Tensor,
     config: DiffusionConfig,
+    job: Job,
     *,
     classes: int,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    key: str,
-    checkpoint_seconds: float,
 ) -> tuple[UNet2DModel, dict[str, list[float]]]:
     """Train the U-Net on E || eps_theta(x_t, c) - eps ||^2 (METHOD section 2).
 
@@ -75,19 +70,15 @@ def train_diffusion(
         images: uint8 (N, 3, H, W).
         labels: int64 (N,) pseudo-labels in 0 .. C - 1.
         config: The model's and the training's settings.
+        job: What it runs on, its seed and where it is resumed from.
         classes: C.
-        accelerator: Device, precision and processes.
-        seed: Seed of this stage.
-        folder: Where the checkpoint goes.
-        key: What the training depends on.
-        checkpoint_seconds: How often to write a checkpoint.
 
     Returns:
         The U-Net with its averaged weights, on the accelerator's device, and each step's loss; `timestep` is the mean t.
     """
-    device = accelerator.device
-    unet = initialised(lambda: build_unet(config, classes=classes, image_size=images.shape[-1]), derive_seed(seed, "unet-init"))
-    unet = place(unet, device, unet_format(device))
+    accelerator, device = job.accelerator, job.device
+    build = partial(build_unet, config, classes=classes, image_size=images.shape[-1])
+    unet = place(initialised(build, derive_seed(job.seed, "unet-init")), device, unet_format(device))
     average = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=1e-4)
     descent = Descent(unet, optimizer, config.steps, accelerator, gradient_clip=config.gradient_clip)
@@ -96,7 +87,7 @@ def train_diffusion(
     highest = max(1, round(config.max_start_fraction * config.timesteps))
 
     def step(index: int) -> dict[str, torch.Tensor]:
-        generator = step_generator(seed, "diffusion", index, device)
+        generator = job.generator("diffusion", index)
         chosen = torch.randint(len(pool), (config.batch_size,), generator=generator, device=device)
         t = torch.randint(highest, (config.batch_size,), generator=generator, device=device)
         condition = drop_condition(pool_labels[chosen], classes, config.condition_dropout, generator)
@@ -118,10 +109,7 @@ def train_diffusion(
         step,
         config.steps,
         {**descent.state, "average": average},
-        accelerator=accelerator,
-        checkpoint=folder / "checkpoint.pt",
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
+        job,
         name="diffusion",
     )
     average.copy_to(unet.parameters())

@@ -19,6 +19,7 @@ from sdood_plugin.diffusion.sampling import start_step
 from sdood_plugin.diffusion.unet import alphas_bar
 from sdood_plugin.features import Backbone
 from sdood_plugin.randomness import normal
+from sdood_plugin.training import Job
 
 
 @pytest.mark.parametrize("unit_length", [False, True])
@@ -69,9 +70,8 @@ def test_mscl_moves_the_late_layers_and_nothing_else(accelerator, tmp_path):
     torch.manual_seed(0)
     backbone = Backbone("small_cnn")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    settings = {"accelerator": accelerator, "seed": 0, "folder": tmp_path, "key": "", "checkpoint_seconds": 1e9}
     config = CompareConfig(mscl_lr=0.1)
-    after, history = train_mscl(images, backbone, config, epochs=2, augmentation="digits", **settings)
+    after, history = train_mscl(images, backbone, config, Job(accelerator, tmp_path), epochs=2, augmentation="digits")
     assert len(history["loss"]) == 2  # 70 images are one batch of 64
     changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before[name])}
     trainable = {name for name, tensor in after.named_parameters() if tensor.requires_grad}

@@ -21,6 +21,7 @@ from sdood_plugin.errors import RunError
 from sdood_plugin.metrics import clustering_metrics
 from sdood_plugin.run import run
 from sdood_plugin.stages import label_quality
+from sdood_plugin.training import Job
 
 from ..resuming import assert_resumes, assert_same
 
@@ -50,7 +51,7 @@ def textures(count=40, seed=0) -> ImageSet:
 
 def clustered(images, accelerator, folder, **changes):
     config = dataclasses.replace(TINY, **changes)
-    return cluster_images(images, config, accelerator=accelerator, seed=0, folder=folder, key="", checkpoint_seconds=1e9)
+    return cluster_images(images, config, Job(accelerator, folder))
 
 
 @pytest.mark.parametrize(
@@ -186,19 +187,18 @@ def test_a_killed_training_through_the_backbone_resumes_to_the_same_bits(tmp_pat
     images = textures().images
     config = dataclasses.replace(TINY, finetune_epochs=2, self_label_epochs=2, self_label_threshold=0.5)
 
-    def train(folder, by, key, checkpoint_seconds):
+    def train(job):
         net = small_net(images)
-        common = {"accelerator": by, "seed": 0, "folder": folder, "key": key, "checkpoint_seconds": checkpoint_seconds}
         try:
             if phase == "scan":
-                history = scan_through_backbone(net, images, torch.arange(40)[:, None].roll(2, 0), config, **common)
+                history = scan_through_backbone(net, images, torch.arange(40)[:, None].roll(2, 0), config, job)
             else:
-                history, _ = self_label_through_backbone(net, images, config, **common)
+                history, _ = self_label_through_backbone(net, images, config, job)
         finally:
-            for written in folder.glob("checkpoint-*.pt"):
-                shutil.copy(written, folder / "checkpoint.pt")  # where `assert_resumes` looks
+            for written in job.folder.glob("checkpoint-*.pt"):
+                shutil.copy(written, job.folder / "checkpoint.pt")  # where `assert_resumes` looks
         return net.state_dict(), history
 
-    train_once = train(tmp_path / "once", accelerator, "k", 1e9)
+    train_once = train(Job(accelerator, tmp_path / "once"))
     assert len(train_once[1]["loss"]) == 4
     assert_resumes(train, tmp_path, accelerator, die_at=4)

@@ -47,10 +47,8 @@ def test_loss_in_closed_form():
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, pictures):
     config = ClusteringConfig(clusters=3, pretext_steps=5, pretext_batch_size=8)
 
-    def train(folder, by, key, checkpoint_seconds):
-        backbone, history = train_simclr(
-            pictures.images, config, accelerator=by, seed=1, folder=folder, key=key, checkpoint_seconds=checkpoint_seconds
-        )
+    def train(job):
+        backbone, history = train_simclr(pictures.images, config, job)
         return backbone.state_dict(), history
 
     before = torch.get_rng_state()

@@ -16,6 +16,7 @@ from sdood_plugin.detector.training import make_optimizer, train_detector
 from sdood_plugin.errors import RunError
 from sdood_plugin.features import Backbone
 from sdood_plugin.randomness import derive_seed
+from sdood_plugin.training import Job
 
 from ..resuming import assert_resumes, assert_same
 
@@ -28,16 +29,17 @@ def parts(pictures):
     return [Labelled(pictures.images.roll(shift, 0), pictures.labels.roll(shift, 0)) for shift in range(3)]
 
 
-def train(parts, config, folder, accelerator, key="k", checkpoint_seconds=1e9, **settings):
+@pytest.fixture
+def job(tmp_path, accelerator):
+    return Job(accelerator, tmp_path, seed=5)
+
+
+def train(parts, config, job, **settings):
     return train_detector(
         *parts,
         config,
+        job,
         classes=3,
-        accelerator=accelerator,
-        seed=5,
-        folder=folder,
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
         **settings,
     )
 
@@ -54,8 +56,8 @@ def train(parts, config, folder, accelerator, key="k", checkpoint_seconds=1e9, *
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, parts, settings):
     config = dataclasses.replace(CONFIG, **settings)
 
-    def run(folder, by, **settings):
-        network, history = train(parts, config, folder, by, **settings)
+    def run(job):
+        network, history = train(parts, config, job)
         return network.state_dict(), history
 
     before = torch.get_rng_state()
@@ -75,7 +77,7 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, parts
         (True, True, (0.01, 0.01), (4, 1, 1)),  # wanted is at least one
     ],
 )
-def test_a_batch_holds_what_the_ratios_say(tmp_path, accelerator, parts, with_controls, with_outliers, ratios, expected):
+def test_a_batch_holds_what_the_ratios_say(job, parts, with_controls, with_outliers, ratios, expected):
     seen = []
 
     def loss(heads, labels, flags):
@@ -88,8 +90,7 @@ def test_a_batch_holds_what_the_ratios_say(tmp_path, accelerator, parts, with_co
     train(
         [sets[0], sets[1] if with_outliers else None, sets[2] if with_controls else None],
         config,
-        tmp_path,
-        accelerator,
+        job,
         loss=loss,
     )
     assert len(seen) == 2 * (12 // 4)
@@ -98,8 +99,8 @@ def test_a_batch_holds_what_the_ratios_say(tmp_path, accelerator, parts, with_co
         assert torch.equal(flags, labels == 2)
 
 
-def test_without_outliers_it_is_cross_entropy_on_g_in_alone(tmp_path, accelerator, parts):
-    network, history = train([parts[0], None, None], CONFIG, tmp_path, accelerator)
+def test_without_outliers_it_is_cross_entropy_on_g_in_alone(job, parts):
+    network, history = train([parts[0], None, None], CONFIG, job)
     assert set(history) == {"loss"} and len(history["loss"]) == 6
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(5, "detector-init"))
@@ -108,14 +109,14 @@ def test_without_outliers_it_is_cross_entropy_on_g_in_alone(tmp_path, accelerato
     assert not torch.equal(network.g_in.weight, fresh.g_in.weight)
 
 
-def test_with_outliers_all_three_parts_are_recorded(tmp_path, accelerator, parts):
-    network, history = train(parts, CONFIG, tmp_path, accelerator)
+def test_with_outliers_all_three_parts_are_recorded(job, parts):
+    network, history = train(parts, CONFIG, job)
     assert set(history) == {"loss", "binary", "inside", "outside"}
     assert not network.training
 
 
-def test_frozen_blocks_keep_weights_and_statistics(tmp_path, accelerator, parts):
-    network, _ = train(parts, dataclasses.replace(CONFIG, frozen_blocks=1), tmp_path, accelerator)
+def test_frozen_blocks_keep_weights_and_statistics(job, parts):
+    network, _ = train(parts, dataclasses.replace(CONFIG, frozen_blocks=1), job)
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(5, "detector-init"))
         fresh = Backbone("small_cnn").body.state_dict()
@@ -129,13 +130,13 @@ def test_frozen_blocks_keep_weights_and_statistics(tmp_path, accelerator, parts)
     [{**VIT, "frozen_blocks": 3}, {**VIT, "frozen_blocks": "all", "pooling": "mean"}, {"frozen_blocks": "all"}],
     ids=["three blocks", "whole transformer", "whole convolutional network"],
 )
-def test_outputs_of_frozen_blocks_are_computed_once_and_change_nothing(tmp_path, accelerator, parts, settings, monkeypatch):
+def test_outputs_of_frozen_blocks_are_computed_once_and_change_nothing(job, parts, settings, monkeypatch):
     config = dataclasses.replace(CONFIG, augmentation="none", optimizer="sgd", lr=0.01, **settings)
     images, frozen_part = [], Backbone.frozen_part
     monkeypatch.setattr(Backbone, "frozen_part", lambda own, x: (images.append(len(x)), frozen_part(own, x))[1])
-    network, cached = train(parts, config, tmp_path, accelerator)
+    network, cached = train(parts, config, job)
     assert sum(images) == 1 + 3 * 12  # one to see how large they are, then each image once
-    plain_network, plain = train(parts, dataclasses.replace(config, cache_gib=0.0), tmp_path, accelerator)
+    plain_network, plain = train(parts, dataclasses.replace(config, cache_gib=0.0), job)
     assert sum(images) == 2 + 3 * 12 + 6 * 8  # then every batch
     for name in plain:
         torch.testing.assert_close(torch.tensor(cached[name]), torch.tensor(plain[name]), rtol=0, atol=5e-3)
@@ -143,12 +144,12 @@ def test_outputs_of_frozen_blocks_are_computed_once_and_change_nothing(tmp_path,
         torch.testing.assert_close(value, other, rtol=0, atol=1e-3)
 
 
-def test_augmented_images_are_not_cached(tmp_path, accelerator, parts, monkeypatch):
+def test_augmented_images_are_not_cached(job, parts, monkeypatch):
     monkeypatch.setattr("sdood_plugin.detector.training.frozen_outputs", lambda *_, **__: pytest.fail("cached"))
-    train(parts, dataclasses.replace(CONFIG, frozen_blocks="all", augmentation="digits"), tmp_path, accelerator)
+    train(parts, dataclasses.replace(CONFIG, frozen_blocks="all", augmentation="digits"), job)
 
 
-def test_the_average_is_that_of_all_steps(tmp_path, accelerator, parts, monkeypatch):
+def test_the_average_is_that_of_all_steps(job, parts, monkeypatch):
     from timm.utils import ModelEmaV3
 
     seen, update = [], ModelEmaV3.update
@@ -158,7 +159,7 @@ def test_the_average_is_that_of_all_steps(tmp_path, accelerator, parts, monkeypa
         update(own, model, step)
 
     monkeypatch.setattr(ModelEmaV3, "update", recording)
-    network, _ = train(parts, dataclasses.replace(CONFIG, ema_decay=0.6), tmp_path, accelerator)
+    network, _ = train(parts, dataclasses.replace(CONFIG, ema_decay=0.6), job)
     assert [step for step, _ in seen] == list(range(1, 7))
     average = seen[0][1]
     for step, values in seen[1:]:
@@ -188,19 +189,17 @@ def test_learning_rates_fall_with_the_distance_from_the_heads(optimizer):
     assert not rates
 
 
-def test_fewer_images_than_a_batch(tmp_path, accelerator, parts):
+def test_fewer_images_than_a_batch(job, parts):
     few = [Labelled(part.images[:3], part.labels[:3]) for part in parts]
-    _, history = train(few, CONFIG, tmp_path, accelerator)
+    _, history = train(few, CONFIG, job)
     assert len(history["loss"]) == 2
 
 
-def test_it_learns_to_tell_outliers_from_images(tmp_path, accelerator):
+def test_it_learns_to_tell_outliers_from_images(job):
     labels = torch.arange(24) % 3
     dark = torch.randint(0, 60, (24, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     parts = [Labelled(dark, labels), Labelled(255 - dark, labels), None]
-    network, history = train(
-        parts, dataclasses.replace(CONFIG, epochs=20, batch_size=8, augmentation="none"), tmp_path, accelerator
-    )
+    network, history = train(parts, dataclasses.replace(CONFIG, epochs=20, batch_size=8, augmentation="none"), job)
     assert history["binary"][-1] < 0.3 < history["binary"][0]
     with torch.no_grad():
         assert (network(to_unit(255 - dark)).binary.argmax(1) == 1).all()

@@ -20,6 +20,7 @@ from sdood_plugin.diffusion.training import (
 )
 from sdood_plugin.diffusion.unet import alphas_bar, build_unet, load_unet
 from sdood_plugin.errors import UsageError
+from sdood_plugin.training import Job
 
 from ..resuming import assert_resumes, assert_same
 
@@ -94,12 +95,8 @@ def test_noise_levels_above_the_highest_are_never_trained(monkeypatch, tmp_path,
         pictures.images,
         pictures.labels,
         config,
+        Job(accelerator, tmp_path),
         classes=3,
-        accelerator=accelerator,
-        seed=0,
-        folder=tmp_path,
-        key="",
-        checkpoint_seconds=1e9,
     )
     found, bar = torch.cat(seen), alphas_bar(config).float()
     assert found.min() == bar[highest - 1] and found.max() == bar[0]  # 900 draws reach both ends
@@ -135,12 +132,8 @@ def test_the_loss_of_a_step_is_the_weighted_mean_squared_error_of_the_prediction
         pictures.images,
         pictures.labels,
         config,
+        Job(accelerator, tmp_path),
         classes=3,
-        accelerator=accelerator,
-        seed=0,
-        folder=tmp_path,
-        key="",
-        checkpoint_seconds=1e9,
     )
     clean, noise, abar = (given[name].double() for name in ("clean", "noise", "abar"))
     a = abar.reshape(-1, 1, 1, 1)
@@ -153,40 +146,34 @@ def test_the_loss_of_a_step_is_the_weighted_mean_squared_error_of_the_prediction
     assert set(condition.tolist()) <= {0, 1, 2, 3}
 
 
-def run(folder, accelerator, tiny, pictures, key="k", checkpoint_seconds=0.0):
+def run(job, tiny, pictures):
     unet, history = train_diffusion(
         pictures.images,
         pictures.labels,
         tiny,
+        job,
         classes=3,
-        accelerator=accelerator,
-        seed=3,
-        folder=folder,
-        key=key,
-        checkpoint_seconds=checkpoint_seconds,
     )
     return unet.state_dict(), history
 
 
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, tiny, pictures):
-    assert_resumes(lambda folder, by, **settings: run(folder, by, tiny, pictures, **settings), tmp_path, accelerator, die_at=3)
+    assert_resumes(lambda job: run(job, tiny, pictures), tmp_path, accelerator, die_at=3)
 
 
 def test_global_randomness_is_left_alone_and_the_result_does_not_depend_on_it(tmp_path, accelerator, tiny, pictures):
     before = torch.get_rng_state()
-    first = run(tmp_path / "a", accelerator, tiny, pictures, checkpoint_seconds=1e9)
+    first = run(Job(accelerator, tmp_path / "a"), tiny, pictures)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(5)
-    assert_same(run(tmp_path / "b", accelerator, tiny, pictures, checkpoint_seconds=1e9), first)
+    assert_same(run(Job(accelerator, tmp_path / "b"), tiny, pictures), first)
 
 
 def test_the_weights_returned_are_the_average(tmp_path, accelerator, tiny, pictures):
     # decay 0 leaves the last weights, a high decay stays near the first ones
     runs = {}
     for decay in (0.0, 0.999):
-        runs[decay] = run(
-            tmp_path / str(decay), accelerator, dataclasses.replace(tiny, ema_decay=decay), pictures, checkpoint_seconds=1e9
-        )
+        runs[decay] = run(Job(accelerator, tmp_path / str(decay)), dataclasses.replace(tiny, ema_decay=decay), pictures)
     assert runs[0.0][1] == runs[0.999][1]  # the training itself is the same
     assert any(not torch.equal(a, b) for a, b in zip(runs[0.0][0].values(), runs[0.999][0].values(), strict=True))
 
@@ -196,9 +183,7 @@ def test_it_learns(tmp_path, accelerator, tiny):
     labels = torch.arange(32) % 2
     images = torch.where(labels.bool()[:, None, None, None], 230, 25).expand(32, 3, 8, 8).to(torch.uint8).contiguous()
     config = dataclasses.replace(tiny, steps=80, batch_size=32, lr=3e-3, ema_decay=0.9)
-    _, history = train_diffusion(
-        images, labels, config, classes=2, accelerator=accelerator, seed=0, folder=tmp_path, key="", checkpoint_seconds=1e9
-    )
+    _, history = train_diffusion(images, labels, config, Job(accelerator, tmp_path), classes=2)
     assert sum(history["loss"][-10:]) / 10 < 0.5 * history["loss"][0]
 
 
