@@ -210,6 +210,13 @@ def value_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's shape, type and values."""
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def provenance(command: Sequence[str]) -> dict[str, Any]:
     """Who made this: command, package versions, commit of the checkout, Python and platform."""
     versions = {}

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .artifacts import read_tensors, write_csv, write_json, write_tensors
+from ._version import __version__
+from .artifacts import file_hash, read_tensors, tensor_hash, value_hash, write_csv, write_json, write_tensors, write_text
+from .backbones import HUB
 from .baselines.dn2 import knn_score
-from .baselines.fake_it import binary, fake_it_loss, sample_fakes, unconditional
+from .baselines.fake_it import binary, fake_it_loss, sample_fakes, stop_after, unconditional
 from .baselines.mscl import train_mscl
 from .baselines.multi_class_ad import fine_tuning
 from .baselines.outlier_exposure import EXPOSED, exposed_scores, outlier_exposure_loss, uniform_noise
 from .baselines.posthoc import POSTHOC, posthoc_scores
 from .clustering.simclr import train_simclr
-from .config import DetectorConfig, DiffusionConfig, InspectionConfig
+from .config import DetectorConfig, InspectionConfig, as_dict
 from .context import Context
 from .detector.network import Heads, ThreeHeadNet, load_network, save_network
 from .detector.training import Labelled, Loss, train_detector
@@ -34,19 +36,19 @@ from .training import Job, place, unet_format
 Scorer = Callable[[list[torch.Tensor]], dict[str, list[torch.Tensor]]]  # sets of uint8 images -> by row, scores of each set
 
 
-def train_comparators(run: Context, folder: Path, key: str) -> None:
+def train_comparators(run: Context, folder: Path, _key: str) -> None:
     """A folder for each comparator that trains something, with its weights and losses."""
-    Comparators(run, folder, key).fit([method for method in run.config.compare.methods if method not in EXPOSED])
+    Comparators(run, folder).fit([method for method in run.config.compare.methods if method not in EXPOSED])
 
 
-def train_exposed(run: Context, folder: Path, key: str) -> None:
+def train_exposed(run: Context, folder: Path, _key: str) -> None:
     """A folder for each comparator that trains on this run's own outliers and controls."""
-    Comparators(run, folder, key).fit([method for method in run.config.compare.methods if method in EXPOSED])
+    Comparators(run, folder).fit([method for method in run.config.compare.methods if method in EXPOSED])
 
 
-def compare(run: Context, folder: Path, key: str) -> None:
+def compare(run: Context, folder: Path, _key: str) -> None:
     """rows.json of the comparators and, for each test set, a CSV with every image's scores."""
-    scorers = Comparators(run, run.folder / "comparators", key).fit(run.config.compare.methods)
+    scorers = Comparators(run, run.folder / "comparators").fit(run.config.compare.methods)
     tests, rows = read_tests(run), []
     if tests is not None:
         scores = {name: values for scorer in scorers for name, values in scorer([one.images for one in tests.sets]).items()}
@@ -67,16 +69,16 @@ def _write_scores(folder: Path, tests: TestSets, scores: dict[str, list[torch.Te
 class Comparators:
     """The comparators of one run: same images, pseudo-labels, held-out split, backbone and epochs as the detector.
 
-    What a method trains lies in `folder`/METHOD and is not trained again where it is there.
+    What a method trains lies in `folder`/METHOD beside a hash of all it was made of: one method after the other, in any
+    number of calls, trains only what is not there.
 
     Args:
         run: The run; its test images are not touched here.
         folder: The stage's folder.
-        key: What the stage depends on, for checkpoints.
     """
 
-    def __init__(self, run: Context, folder: Path, key: str) -> None:
-        self.run, self.folder, self.key = run, folder, key
+    def __init__(self, run: Context, folder: Path) -> None:
+        self.run, self.folder = run, folder
         self.device = run.accelerator.device
 
     def fit(self, methods: Sequence[str]) -> list[Scorer]:
@@ -128,7 +130,7 @@ class Comparators:
 
     def _exposed(self, method: str) -> Scorer:
         """Trained on the detector's own batches, controls among them: the loss is the only difference."""
-        own = Comparators(self.run, self.run.folder / "exposed", self.key)
+        own = Comparators(self.run, self.run.folder / "exposed")
         outliers, controls = (read_outliers(self.run, name, False) for name in ("outliers", "controls"))
         return self._exposure(method, own._network(method, self.run.config.detector, outliers, EXPOSED[method], controls))
 
@@ -146,32 +148,36 @@ class Comparators:
 
     def _mscl(self) -> Scorer:
         config, path = self.run.config, self.folder / "mscl" / "backbone.safetensors"
-        backbone = self._backbone(path if path.exists() else self._pretrained)
-        if not path.exists():
+        own = {name: getattr(config.compare, name) for name in ("mscl_lr", "mscl_angular")}
+        key = self._key({**own, "detector": self._settings(config.detector, self._pretrained)}, self._train.images)
+        kept = _is_kept(path, key)
+        backbone = self._backbone(path if kept else self._pretrained)
+        if not kept:
             backbone.freeze(config.detector.frozen_blocks)
             backbone, history = train_mscl(
                 self._train.images,
                 backbone,
                 config.compare,
-                self._job("mscl"),
+                self._job("mscl", key),
                 epochs=config.detector.epochs,
                 augmentation=config.clustering.augmentation,
             )
-            self._keep(path, lambda: write_tensors(path, backbone.state_dict()), history)
+            self._keep(path, key, lambda: write_tensors(path, backbone.state_dict()), history)
         scorer = self._knn("mscl", place(backbone, self.device))
         return lambda sets: {"mscl": scorer(sets)["mscl-cosine"]}
 
     def _multi_class(self) -> Scorer:
-        network = self._network("multi-class", fine_tuning(self.run.config.detector, self._pretrained), None, None)
+        config = self.run.config
+        network = self._network("multi-class", fine_tuning(config.detector, self._pretrained, config.compare), None, None)
         return self._knn("multi-class", network.backbone)
 
     def _fake_it(self) -> Scorer:
-        fakes = self._fakes()
+        config, fakes = self.run.config, self._fakes()
         outliers = Labelled(fakes, torch.zeros(len(fakes), dtype=torch.int64))
-        network = self._network("fake-it", binary(self.run.config.detector, self._pretrained), outliers, fake_it_loss)
+        network = self._network("fake-it", binary(config.detector, self._pretrained, config.compare), outliers, fake_it_loss)
         return self._knn("fake-it", network.backbone)
 
-    def _backbone(self, weights: Path) -> Backbone:
+    def _backbone(self, weights: Path | str) -> Backbone:
         own = self.run.config.detector
         return load_backbone(own.backbone, weights, pooling=own.pooling, input_size=own.input_size)
 
@@ -189,23 +195,23 @@ class Comparators:
         return score
 
     @cached_property
-    def _pretrained(self) -> Path:
+    def _pretrained(self) -> Path | str:
         """Weights that fine-tuning and frozen features start from.
 
-        The detector's own (a timm file), else those the clustering ended with where its backbone is the same, else SimCLR
-        as the clustering would train it.
+        The detector's own (a timm file or the hub), else those the clustering ended with where its backbone is the same,
+        else SimCLR as the clustering would train it.
         """
         clustering, backbone = self.run.config.clustering, self.run.config.detector.backbone
         if self.run.config.detector.weights is not None:
-            return Path(self.run.config.detector.weights)
+            return self.run.config.detector.weights
         if clustering.method != "given" and clustering.backbone == backbone:
             trained = self.run.folder / "clustering" / "backbone.safetensors"
-            return trained if clustering.weights is None or trained.exists() else Path(clustering.weights)
-        path = self.folder / "pretext" / "pretext.safetensors"
-        if not path.exists():
-            config = dataclasses.replace(clustering, backbone=backbone)
-            model, history = train_simclr(self.run.train.images, config, self._job("pretext"))
-            self._keep(path, lambda: write_tensors(path, model.state_dict()), history)
+            return trained if clustering.weights is None or trained.exists() else clustering.weights
+        path, config = self.folder / "pretext" / "pretext.safetensors", dataclasses.replace(clustering, backbone=backbone)
+        key = self._key(as_dict(config), self.run.train.images)
+        if not _is_kept(path, key):
+            model, history = train_simclr(self.run.train.images, config, self._job("pretext", key))
+            self._keep(path, key, lambda: write_tensors(path, model.state_dict()), history)
         return path
 
     def _network(
@@ -217,33 +223,38 @@ class Comparators:
         controls: Labelled | None = None,
     ) -> ThreeHeadNet:
         path = self.folder / name / "network.safetensors"
-        if path.exists():
+        tensors = [values for part in (self._train, outliers, controls) for values in part or ()]
+        key = self._key(self._settings(config, config.weights), *tensors)
+        if _is_kept(path, key):
             return place(load_network(path), self.device)
         network, history = train_detector(
             self._train,
             outliers,
             controls,
             config,
-            self._job(name),
+            self._job(name, key),
             classes=self.run.labels.classes,
             name=name,
             loss=loss,
         )
-        self._keep(path, lambda: save_network(path, network), history)
+        self._keep(path, key, lambda: save_network(path, network), history)
         return network
 
     def _fakes(self) -> torch.Tensor:
         """As many fakes as training images, uint8, and how far they are from those."""
         path, config = self.folder / "fake-it" / "fakes.safetensors", self.run.config
-        if path.exists():
-            return read_tensors(path)["images"]
-        diffusion = unconditional(config.diffusion, config.compare.fake_it_steps)
+        diffusion, steps = unconditional(config.diffusion), stop_after(config.diffusion, config.compare)
         images, nothing = self._train.images, torch.zeros(len(self._train.images), dtype=torch.int64)
-        unet, history = train_diffusion(images, nothing, diffusion, self._job("fake-it-diffusion"), classes=1)
+        key = self._key({**as_dict(diffusion), "stop after": steps}, images)
+        if _is_kept(path, key):
+            return read_tensors(path)["images"]
+        unet, history = train_diffusion(
+            images, nothing, diffusion, self._job("fake-it-diffusion", key), classes=1, stop_after=steps
+        )
         fakes = sample_fakes(
             self._denoiser(unet), len(images), images.shape[-1], diffusion, seed=self.run.seed("fakes"), device=self.device
         )
-        self._keep(path, lambda: self._write_fakes(path, fakes, diffusion), history)
+        self._keep(path, key, lambda: self._write_fakes(path, fakes, steps), history)
         return fakes
 
     def _denoiser(self, unet: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -254,7 +265,7 @@ class Comparators:
 
         return denoise
 
-    def _write_fakes(self, path: Path, fakes: torch.Tensor, diffusion: DiffusionConfig) -> None:
+    def _write_fakes(self, path: Path, fakes: torch.Tensor, steps: int) -> None:
         """The fakes and, beside them, how far they and pure noise are from the training images."""
         real, backbone = self._reference_features, self._reference.backbone
         noise = uniform_noise(len(fakes), fakes.shape[-1], self.run.seed("noise"))
@@ -262,17 +273,34 @@ class Comparators:
             name: distances(self._features(backbone, images), real, "reference network", InspectionConfig())
             for name, images in (("fakes", fakes), ("noise", noise))
         }
-        write_json(path.with_name("fakes.json"), {"steps": diffusion.steps, "count": len(fakes), **found})
+        write_json(path.with_name("fakes.json"), {"steps": steps, "count": len(fakes), **found})
         write_tensors(path, {"images": fakes})
 
-    def _job(self, name: str) -> Job:
-        return self.run.job(self.folder / name, f"{self.key}/{name}", name)
+    def _settings(self, config: DetectorConfig, weights: Path | str | None) -> dict[str, Any]:
+        """A detector's settings, its weights by what they are and not by where they lie."""
+        by_content = weights if weights in (None, HUB) else file_hash(Path(weights))
+        return {**as_dict(config), "weights": by_content}
 
-    def _keep(self, path: Path, write: Callable[[], None], history: dict[str, list[float]]) -> None:
-        """Write what was trained, its losses first: the file says that it is done."""
+    def _key(self, settings: dict[str, Any], *tensors: torch.Tensor) -> str:
+        """Hash of all that a training depends on."""
+        seed = self.run.config.seed
+        return value_hash([__version__, seed, settings, self.run.config.clustering.augmentation, *map(tensor_hash, tensors)])
+
+    def _job(self, name: str, key: str) -> Job:
+        return self.run.job(self.folder / name, key, name)
+
+    def _keep(self, path: Path, key: str, write: Callable[[], None], history: dict[str, list[float]]) -> None:
+        """Write what was trained, its key last: that says that it is done."""
         if self.run.is_main:
             write_curves(path.with_name(f"{path.stem}-loss.csv"), history)
             write()
+            write_text(path.with_suffix(".key"), key)
             for checkpoint in path.parent.parent.glob(f"{path.parent.name}*/checkpoint.pt"):
                 checkpoint.unlink()
         self.run.accelerator.wait_for_everyone()
+
+
+def _is_kept(path: Path, key: str) -> bool:
+    """Whether a file is there, whole and made of what the key says."""
+    mark = path.with_suffix(".key")
+    return path.exists() and mark.exists() and mark.read_text() == key

@@ -39,13 +39,12 @@ class Context:
             return train, self._checked(load_images(data.test, data, seed), "data.test", train)
         if not data.ood:
             return train, None
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive_seed(seed, "test-split")))
-        cut = len(train) // 5
-        if cut < 2:
+        if len(train) < 10:
             raise RunError(
                 "training images", len(train), "10 or more, a fifth of them for testing", "give more images or data.test"
             )
-        return train.subset(order[cut:].sort().values), train.subset(order[:cut].sort().values)
+        test = train.part(0.2, torch.Generator().manual_seed(derive_seed(seed, "test-split")))
+        return train.subset((~test).nonzero()[:, 0]), train.subset(test.nonzero()[:, 0])
 
     @staticmethod
     def _checked(images: ImageSet, name: str, train: ImageSet) -> ImageSet:
@@ -80,13 +79,10 @@ class Context:
     @cached_property
     def heldout(self) -> torch.Tensor:
         """bool (N,): images kept from the diffusion model's and the networks' training, for alpha and the threshold."""
-        count = len(self.train)
-        kept = max(2, round(self.config.data.heldout_fraction * count))
-        if count - kept < 2:
-            raise RunError("training images", count, "4 or more", "give more images")
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(self.config.seed, "heldout")))
-        mask = torch.zeros(count, dtype=torch.bool)
-        mask[order[:kept]] = True
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "heldout"))
+        mask = self.train.part(self.config.data.heldout_fraction, generator)
+        if int((~mask).sum()) < 2:
+            raise RunError("training images", len(self.train), "4 or more", "give more images")
         return mask
 
     @cached_property

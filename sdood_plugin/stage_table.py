@@ -110,6 +110,7 @@ STAGES = (
         ("cluster", "train-reference"),
         comparison.train_comparators,
         ("comparators",),
+        keeps=True,
     ),
     Stage(
         "train-exposed",
@@ -123,6 +124,7 @@ STAGES = (
         ("cluster", "generate"),
         comparison.train_exposed,
         ("exposed",),
+        keeps=True,
         wanted=lambda c: any(method in comparison.EXPOSED for method in c.compare.methods),
     ),
     Stage(

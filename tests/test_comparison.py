@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_every_comparator_has_its_rows_and_every_image_its_scores(compared):
 def test_frozen_and_fine_tuned_features_start_from_the_pretext(compared):
     config, folder = compared
     pretext = read_tensors(folder / "clustering" / "backbone.safetensors")
-    comparators = Comparators(Context(config, folder), folder / "comparators", "")
+    comparators = Comparators(Context(config, folder), folder / "comparators")
     assert comparators._pretrained == folder / "clustering" / "backbone.safetensors"
     mscl = read_tensors(folder / "comparators" / "mscl" / "backbone.safetensors")
     assert torch.equal(mscl["body.layers.0.weight"], pretext["body.layers.0.weight"])  # frozen half
@@ -62,6 +63,27 @@ def test_trained_comparators_are_not_trained_again(compared, monkeypatch):
         monkeypatch.setattr(f"sdood_plugin.comparison.{name}", refuse)
     fewer = dataclasses.replace(config, scoring=dataclasses.replace(config.scoring, normalise=False))
     assert run(fewer, folder, "compare")["train-comparators"] == "done"
+    for methods in (["dn2"], ["multi-class"], config.compare.methods):  # one after the other, and all again
+        alone = dataclasses.replace(config, compare=dataclasses.replace(config.compare, methods=methods))
+        assert run(alone, folder, "compare")["train-comparators"] == "ran"
+
+
+@pytest.mark.parametrize(
+    ("change", "trained"),
+    [
+        ({"fake_it_lr": 0.5}, ["fake-it"]),
+        ({"fake_it_steps": 1}, ["fake-it-diffusion", "fake-it"]),
+        ({"multi_class_lr": 0.5}, ["multi-class"]),
+        ({"mscl_angular": 0.0}, ["mscl"]),
+    ],
+)
+def test_a_setting_of_one_comparator_trains_that_one_again(compared, tmp_path, monkeypatch, change, trained):
+    config, folder = compared
+    shutil.copytree(folder, tmp_path / "run")
+    seen, job = [], Comparators._job
+    monkeypatch.setattr(Comparators, "_job", lambda own, name, key: (seen.append(name), job(own, name, key))[1])
+    run(dataclasses.replace(config, compare=dataclasses.replace(config.compare, **change)), tmp_path / "run", "compare")
+    assert seen == trained
 
 
 def test_training_the_comparators_reads_no_test_image(tmp_path, monkeypatch):

@@ -8,11 +8,13 @@ sum of squared distances to the k = 2 nearest normal training features. What dif
   all T steps, sampled with DPM-Solver++. It predicts v: a small U-Net that predicts noise and starts from pure noise
   divides its error by sqrt(abar) = 0.006 in the first step, and its samples are saturated colours.
 - The paper stops by FID (about 45 on CIFAR-10 in the seed's figure, where a converged model reaches 3). `fake_it_steps`
-  is when to stop; the Frechet distance that was reached is recorded. Learning rate and EMA follow the diffusion settings.
+  is when the training that is planned for diffusion.steps is stopped, its learning rate still high; the Frechet distance
+  that was reached is recorded. Learning rate and EMA follow the diffusion settings.
 - The paper's task has one class as normal, and one model a class; here all training images are normal, as in the
   seed's Table 1.
-- The official code freezes the first six blocks of a ViT and uses plain SGD; here the detector's own optimiser, epochs
-  and augmentation hold for every method. ID and fake images share each batch, half and half.
+- The official code fine-tunes a ViT by SGD of learning rate 4e-4 with six frozen blocks, which configs/cifar10_vit_b16.yml
+  has for every method; elsewhere the detector's own optimiser, epochs and augmentation hold, and `fake_it_lr` and
+  `fake_it_frozen_blocks` can be set. ID and fake images share each batch, half and half.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ..config import DetectorConfig, DiffusionConfig
+from ..config import CompareConfig, DetectorConfig, DiffusionConfig
 from ..data.images import to_uint8
 from ..detector.network import Heads
 from ..diffusion.sampling import guided_partial_sample
@@ -35,14 +37,27 @@ SAMPLING_STEPS, BATCH_SIZE = 20, 128
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def unconditional(config: DiffusionConfig, steps: int | None) -> DiffusionConfig:
-    """The diffusion settings for a model of all T noise levels, stopped after `steps` (null: half of the settings' own)."""
-    return dataclasses.replace(config, prediction="v", max_start_fraction=1.0, steps=steps or max(1, config.steps // 2))
+def unconditional(config: DiffusionConfig) -> DiffusionConfig:
+    """The diffusion settings for a model of all T noise levels."""
+    return dataclasses.replace(config, prediction="v", max_start_fraction=1.0)
 
 
-def binary(config: DetectorConfig, pretrained: Path) -> DetectorConfig:
+def stop_after(config: DiffusionConfig, compare: CompareConfig) -> int:
+    """The step at which its training is stopped."""
+    return min(compare.fake_it_steps or max(1, config.steps // 2), config.steps)
+
+
+def binary(config: DetectorConfig, pretrained: Path | str, compare: CompareConfig) -> DetectorConfig:
     """The detector's settings for ID against fakes: as many fakes as ID images in a batch, from pre-trained weights."""
-    return dataclasses.replace(config, weights=str(pretrained), outlier_ratio=1.0, control_ratio=0.0)
+    frozen = config.frozen_blocks if compare.fake_it_frozen_blocks is None else compare.fake_it_frozen_blocks
+    return dataclasses.replace(
+        config,
+        weights=str(pretrained),
+        outlier_ratio=1.0,
+        control_ratio=0.0,
+        lr=compare.fake_it_lr or config.lr,
+        frozen_blocks=frozen,
+    )
 
 
 def fake_it_loss(heads: Heads, labels: torch.Tensor, is_outlier: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -24,17 +24,25 @@ class CompareConfig:
             (energy-bounded learning) and `background` (outliers as one more class).
         mscl_lr: MSCL's learning rate; the paper's is for ImageNet weights.
         mscl_angular: Weight of MSCL's angular centre loss: 0 as its code has it, 1 as its paper has it.
-        fake_it_steps: When the training of Fake-it's diffusion model is stopped; null is half of diffusion.steps.
+        multi_class_lr: Learning rate of Multi-class AD's fine-tuning; null is the detector's.
+        fake_it_steps: When the training of Fake-it's diffusion model, planned for diffusion.steps, is stopped; null is half-way.
+        fake_it_lr: Learning rate of Fake-it's fine-tuning; null is the detector's.
+        fake_it_frozen_blocks: Blocks that keep their weights in it; null is the detector's.
     """
 
     methods: list[Comparator] = field(default_factory=lambda: list(get_args(_Standard)))
     mscl_lr: float = 1e-5
     mscl_angular: float = 1.0
+    multi_class_lr: float | None = None
     fake_it_steps: int | None = None
+    fake_it_lr: float | None = None
+    fake_it_frozen_blocks: int | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
         require_positive("compare", self, "mscl_lr")
         require(0 <= self.mscl_angular < math.inf, "compare.mscl_angular", self.mscl_angular, "0 or more")
-        require(
-            self.fake_it_steps is None or self.fake_it_steps > 0, "compare.fake_it_steps", self.fake_it_steps, "above 0, or null"
-        )
+        for name in ("multi_class_lr", "fake_it_steps", "fake_it_lr"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"compare.{name}", value, "above 0, or null")
+        frozen = self.fake_it_frozen_blocks
+        require(frozen in (None, "all") or int(frozen) >= 0, "compare.fake_it_frozen_blocks", frozen, "0 or more, all, or null")

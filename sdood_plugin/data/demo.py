@@ -41,7 +41,9 @@ def draw(split: str, *, rho: float, renders: int, seed: int, left_out: int | Non
     if split == "fields":
         return _pack(_fields(inside[torch.randint(len(inside), (500,), generator=generator)], generator), split, None)
     scans, digits = _scans(split) if left_out is None else _scans_without(split, left_out)
+    origins = None
     if split == "train":
+        origins = torch.arange(len(digits)).repeat(renders)
         scans, digits = scans.repeat(renders, 1, 1), digits.repeat(renders)
     count = len(digits)
     elsewhere = inside[torch.randint(len(inside), (count,), generator=generator)]
@@ -52,7 +54,7 @@ def draw(split: str, *, rho: float, renders: int, seed: int, left_out: int | Non
     mask = _place(scans, generator)
     labels = torch.searchsorted(inside, digits) if split in ("train", "test") else torch.full_like(digits, -1)
     classes = [str(digit) for digit in inside.tolist()] if split in ("train", "test") else []
-    return _pack(fields * (1 - mask) + ink * mask, split, labels, classes)
+    return _pack(fields * (1 - mask) + ink * mask, split, labels, classes, origins)
 
 
 def _scans(split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +101,13 @@ def _fields(hue_class: torch.Tensor, generator: torch.Generator) -> torch.Tensor
     return (colour[:, :, None, None] + smooth).clamp(0, 1)
 
 
-def _pack(images: torch.Tensor, split: str, labels: torch.Tensor | None, classes: list[str] | None = None) -> ImageSet:
+def _pack(
+    images: torch.Tensor,
+    split: str,
+    labels: torch.Tensor | None,
+    classes: list[str] | None = None,
+    origins: torch.Tensor | None = None,
+) -> ImageSet:
     digits = max(4, math.ceil(math.log10(len(images) + 1)))
     names = [f"{split}/{i:0{digits}d}.png" for i in range(len(images))]
-    return ImageSet((images * 255).round().to(torch.uint8), names, labels, classes or [])
+    return ImageSet((images * 255).round().to(torch.uint8), names, labels, classes or [], origins=origins)

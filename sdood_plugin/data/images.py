@@ -23,6 +23,7 @@ class ImageSet:
         labels: int64 (N,) true labels, -1 where unknown; None when there are none.
         classes: Class names by label, may be empty.
         notes: What was converted on the way in, one line each.
+        origins: int64 (N,): pictures of one scan share a number and are held out together; None where each is its own.
     """
 
     images: torch.Tensor
@@ -30,14 +31,26 @@ class ImageSet:
     labels: torch.Tensor | None = None
     classes: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    origins: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def subset(self, index: torch.Tensor) -> ImageSet:
         """The images at int64 positions `index`, in that order."""
-        labels = None if self.labels is None else self.labels[index]
-        return ImageSet(self.images[index], [self.names[i] for i in index.tolist()], labels, self.classes, self.notes)
+        labels, origins = (None if values is None else values[index] for values in (self.labels, self.origins))
+        return ImageSet(self.images[index], [self.names[i] for i in index.tolist()], labels, self.classes, self.notes, origins)
+
+    def part(self, fraction: float, generator: torch.Generator) -> torch.Tensor:
+        """bool (N,): a random share of the images, at least two; pictures of one origin are in it together or not at all."""
+        origins = torch.arange(len(self)) if self.origins is None else self.origins
+        known, which, sizes = origins.unique(return_inverse=True, return_counts=True)
+        order = torch.randperm(len(known), generator=generator)
+        wanted = max(2, round(fraction * len(self)))
+        before = sizes[order].cumsum(0) - sizes[order]
+        chosen = torch.zeros(len(known), dtype=torch.bool)
+        chosen[order[before < wanted]] = True
+        return chosen[which]
 
     def limited(self, count: int | None) -> ImageSet:
         """At most `count` images, spread evenly over the set."""

@@ -63,6 +63,7 @@ def train_diffusion(
     job: Job,
     *,
     classes: int,
+    stop_after: int | None = None,
 ) -> tuple[UNet2DModel, dict[str, list[float]]]:
     """Train the U-Net on E || eps_theta(x_t, c) - eps ||^2 (METHOD section 2).
 
@@ -72,6 +73,7 @@ def train_diffusion(
         config: The model's and the training's settings.
         job: What it runs on, its seed and where it is resumed from.
         classes: C.
+        stop_after: Do only so many of the steps, in the schedule of all.
 
     Returns:
         The U-Net with its averaged weights, on the accelerator's device, and each step's loss; `timestep` is the mean t.
@@ -107,7 +109,7 @@ def train_diffusion(
 
     history = train_steps(
         step,
-        config.steps,
+        config.steps if stop_after is None else min(stop_after, config.steps),
         {**descent.state, "average": average},
         job,
         name="diffusion",

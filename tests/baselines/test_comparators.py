@@ -10,7 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from sdood_plugin.baselines.dn2 import knn_score
-from sdood_plugin.baselines.fake_it import BATCH_SIZE, SAMPLING_STEPS, binary, fake_it_loss, sample_fakes, unconditional
+from sdood_plugin.baselines.fake_it import (
+    BATCH_SIZE,
+    SAMPLING_STEPS,
+    binary,
+    fake_it_loss,
+    sample_fakes,
+    stop_after,
+    unconditional,
+)
 from sdood_plugin.baselines.mscl import TEMPERATURE, freeze_first_half, mean_shifted_loss, train_mscl
 from sdood_plugin.baselines.multi_class_ad import fine_tuning
 from sdood_plugin.config import CompareConfig, DetectorConfig, DiffusionConfig
@@ -80,9 +88,10 @@ def test_mscl_moves_the_late_layers_and_nothing_else(accelerator, tmp_path):
 
 def test_multi_class_ad_is_cross_entropy_from_pretrained_weights_and_nothing_else_changes(tmp_path):
     config = DetectorConfig(epochs=7, lr=0.01)
-    tuned = fine_tuning(config, tmp_path)
+    tuned = fine_tuning(config, tmp_path, CompareConfig())
     assert (tuned.weights, tuned.outlier_ratio, tuned.control_ratio) == (str(tmp_path), 0, 0)
     assert dataclasses.replace(tuned, weights=None, outlier_ratio=0.5, control_ratio=0.5) == config
+    assert fine_tuning(config, tmp_path, CompareConfig(multi_class_lr=3.0)).lr == 3.0
 
 
 def test_fake_it_tells_fakes_from_id_and_knows_no_class(generator):
@@ -93,13 +102,17 @@ def test_fake_it_tells_fakes_from_id_and_knows_no_class(generator):
     )
     found = fake_it_loss(heads, torch.zeros(10, dtype=torch.int64), flags)["loss"]
     assert float(found) == pytest.approx(slow / 10, rel=1e-5)
-    assert binary(DetectorConfig(), "weights").outlier_ratio == 1
+    assert binary(DetectorConfig(frozen_blocks=2), "w", CompareConfig()) == DetectorConfig(
+        weights="w", frozen_blocks=2, outlier_ratio=1, control_ratio=0
+    )
+    own = binary(DetectorConfig(frozen_blocks=2), "w", CompareConfig(fake_it_lr=0.1, fake_it_frozen_blocks=0))
+    assert (own.lr, own.frozen_blocks) == (0.1, 0)
 
 
 def test_fakes_start_from_pure_noise_over_all_noise_levels(generator):
-    config = unconditional(DiffusionConfig(max_start_fraction=0.2, steps=30), None)
-    assert (config.prediction, config.max_start_fraction, config.steps) == ("v", 1.0, 15)
-    assert unconditional(config, 4).steps == 4
+    config = unconditional(DiffusionConfig(max_start_fraction=0.2, steps=30))
+    assert (config.prediction, config.max_start_fraction, config.steps) == ("v", 1.0, 30)
+    assert [stop_after(config, CompareConfig(fake_it_steps=steps)) for steps in (None, 4, 99)] == [15, 4, 30]
     seen = []
 
     def denoiser(x, t, condition):
