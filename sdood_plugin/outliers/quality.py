@@ -93,9 +93,12 @@ def in_parts(
 
 
 def other_sources(sources: torch.Tensor) -> torch.Tensor:
-    """int64 (N,): for each outlier the source of others, never its own: half the distinct sources further (of one, itself)."""
+    """int64 (N,): for each outlier the source of others, never its own: the next in a random cycle of all sources (of one, itself)."""
     distinct, position = sources.unique(return_inverse=True)
-    return distinct[(position + max(1, len(distinct) // 2)) % len(distinct)]
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
+    following = torch.empty_like(distinct)
+    following[order] = distinct[order.roll(-1)]
+    return following[position]
 
 
 def small(images: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,12 @@ def test_the_random_comparison_never_meets_the_own_source(sources):
     assert (other != own).all() and set(other.tolist()) == set(sources)
 
 
+@pytest.mark.parametrize("labels", [torch.arange(600) // 100, torch.arange(600) % 150 // 25], ids=["sorted", "repeated"])
+def test_the_random_comparison_meets_the_own_class_as_often_as_chance_has_it(labels):
+    other = other_sources(torch.arange(600))
+    assert 0.1 < (labels[other] == labels).double().mean() < 0.24  # 1 / 6; its deviation is 0.015
+
+
 def test_ranges_are_filled_evenly_and_few_values_are_named():
     assert grouped([0.1, 0.2, 0.1]) == ["0.1", "0.2", "0.1"]
     values = np.random.default_rng(0).uniform(1, 3, 800).tolist()
