@@ -93,7 +93,7 @@ def in_parts(
 
 
 def other_sources(sources: torch.Tensor) -> torch.Tensor:
-    """int64 (N,): for each outlier the source of others, never its own: the next in a random cycle of all sources (of one, itself)."""
+    """int64 (N,): for each outlier another source, the next in a random cycle of all of them (of one, itself)."""
     distinct, position = sources.unique(return_inverse=True)
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
     following = torch.empty_like(distinct)

@@ -166,7 +166,7 @@ def test_rates_of_a_set_made_by_hand():
     distance = np.sqrt(((unit(made) - unit(train[:5])) ** 2).mean(axis=(1, 2, 3)))
     assert found["distance_to_source"] == pytest.approx(distance.mean(), rel=1e-6)
     assert found["border_correlation"] == pytest.approx(naive_border(made, train[:5]).mean(), abs=1e-6)
-    other = train[:5].roll(-2, 0)
+    other = train[other_sources(torch.arange(5))]
     assert found["border_correlation_random"] == pytest.approx(naive_border(made, other).mean(), abs=1e-6)
     assert found["low_frequency_correlation_random"] == pytest.approx(naive_low_frequency(made, other).mean(), abs=1e-6)
     assert found["diversity_within_source"] is None
