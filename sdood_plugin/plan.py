@@ -31,7 +31,8 @@ def describe_plan(config: RunConfig, folder: Path, only: str | None = None) -> s
         only: Name of the last stage, or None for all.
     """
     context = Context(config, folder)
-    check_input(context)
+    chosen = chosen_stages(config, only)
+    check_input(context, chosen)
     shape, heldout = tuple(context.train.images.shape[1:]), int(context.heldout.sum())
     sizes = [f"training images   {len(context.train)} of {shape}, {heldout} of them held out"]
     sizes += [f"note              {note}" for note in context.train.notes]
@@ -40,7 +41,6 @@ def describe_plan(config: RunConfig, folder: Path, only: str | None = None) -> s
     sizes += [f"classes           {_classes(context)}"]
     sizes += [f"outliers          {_count(context)}" + (" and as many controls" if config.outliers.controls else "")]
     seconds = _estimate(context)
-    chosen = chosen_stages(config, only)
     done = {stage.name for stage in chosen if is_current(stage, context)}
     lines = []
     for stage in chosen:

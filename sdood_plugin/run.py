@@ -46,8 +46,8 @@ def run(config: RunConfig, folder: Path, only: str | None = None) -> dict[str, s
     if config.report and only is None:
         _require_report_extra()
     context = Context(config, folder)
-    check_input(context)
     chosen = chosen_stages(config, only)
+    check_input(context, chosen)
     with locked(folder, context.is_main):
         if context.is_main:
             _describe(config, folder)
@@ -62,11 +62,16 @@ def run(config: RunConfig, folder: Path, only: str | None = None) -> dict[str, s
     return outcome
 
 
-def check_input(context: Context) -> None:
+def check_input(context: Context, chosen: list[Stage]) -> None:
     """Read every image set and look for every file once, so that bad input is found before anything is written.
 
+    Args:
+        context: The run.
+        chosen: The stages that are to run.
+
     Raises:
-        UsageError: A file that is named is not there, the run folder lies among the images, or k exceeds its bank.
+        UsageError: A file that is named is not there, the run folder lies among the images, k exceeds its bank, or a
+            comparator has nothing to train.
     """
     config, out = context.config, context.folder.resolve()
     for name, file in (
@@ -90,6 +95,10 @@ def check_input(context: Context) -> None:
         input_size=detector.input_size,
         frozen_blocks=detector.frozen_blocks,
     )
+    if BY_NAME["train-comparators"] in chosen and "mscl" in config.compare.methods and detector.frozen_blocks == "all":
+        raise UsageError(
+            "compare.methods", "mscl with detector.frozen_blocks all", "blocks to train", "leave it out: it would be dn2"
+        )
     _ = context.train_fingerprint, context.test_fingerprint
     if config.clustering.method == "given":
         context.with_enough_images(given_labels(context.train, config.clustering.labels))

@@ -12,8 +12,9 @@ import torch
 from sdood_plugin.artifacts import read_json, read_tensors
 from sdood_plugin.cli import expand_shortcuts, main
 from sdood_plugin.comparison import Comparators
-from sdood_plugin.config import ClusteringConfig, CompareConfig
+from sdood_plugin.config import ClusteringConfig, CompareConfig, DetectorConfig
 from sdood_plugin.context import Context
+from sdood_plugin.errors import UsageError
 from sdood_plugin.run import run
 
 from .test_run import tiny_config
@@ -95,10 +96,27 @@ def test_training_the_comparators_reads_no_test_image(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Context, "ood", property(refuse))
     monkeypatch.setattr(Context, "test", property(refuse))
-    monkeypatch.setattr("sdood_plugin.run.check_input", lambda _context: None)
+    monkeypatch.setattr("sdood_plugin.run.check_input", lambda _context, _chosen: None)
     assert run(config, tmp_path / "run", "train-comparators")["train-comparators"] == "ran"
     with pytest.raises(AssertionError, match="test images"):
         run(config, tmp_path / "run", "compare")
+
+
+def test_mscl_on_a_frozen_backbone_is_refused_before_anything_is_trained(tmp_path):
+    config = tiny_config(compare=CompareConfig(["mscl"]))
+    config = dataclasses.replace(config, detector=dataclasses.replace(config.detector, frozen_blocks="all"))
+    for only in (None, "compare"):
+        with pytest.raises(UsageError, match="mscl.*leave it out"):
+            run(config, tmp_path / "run", only)
+    assert not (tmp_path / "run").exists()
+    assert run(config, tmp_path / "run", "cluster") == {"cluster": "ran"}
+
+
+def test_weights_of_the_hub_are_a_name_and_no_file(compared, tmp_path):
+    config = dataclasses.replace(compared[0], detector=DetectorConfig(weights="hub"))
+    comparators = Comparators(Context(config, tmp_path), tmp_path)
+    assert comparators._pretrained == "hub"
+    assert comparators._settings(config.detector, "hub")["weights"] == "hub"
 
 
 def test_given_labels_have_no_pretext_so_the_comparators_train_one(tmp_path):

@@ -5,9 +5,12 @@ mean of the training features before fine-tuning; the score is DN2's on phi. Whe
 - The paper adds the angular centre loss -phi(x) . c for both views. The code adds |phi(x) - c|^2, which with a unit c is
   2 - 2 phi(x) . c, so twice as much, and only when asked to (`--angular`); without it c keeps its own length. Here the
   weight is a setting, `mscl_angular`: 0 the code's default, 1 the paper's, 2 the code's `--angular`.
-- The paper fine-tunes the last two blocks of a ResNet; the code freezes stem and first two stages and keeps every
-  BatchNorm in evaluation mode, also while training. Here the detector's `frozen_blocks` hold, or, where it has none, the
-  first half of the backbone's tensors, which for a ResNet-18 is just that; BatchNorm stays in evaluation mode.
+- The paper fine-tunes the last two blocks of a ResNet; the code freezes stem and first two stages of a ResNet-152 and
+  nothing of its other networks, and keeps every BatchNorm in evaluation mode, also while training. Here the detector's
+  `frozen_blocks` hold, or, where it has none, the first half of the backbone's tensors, which for a ResNet-18 is stem and
+  two stages; BatchNorm stays in evaluation mode.
+- The views are those of this project's SimCLR; the code's are blurred too, half of the time. The code keeps the last
+  batch of an epoch, which has fewer images; here it is left out.
 - The paper trains 25 epochs, the code 20; here the detector's number, as for every comparator. SGD, batches of 64, weight
   decay 5e-5 and temperature 0.25 are those of both.
 """
