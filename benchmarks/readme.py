@@ -128,7 +128,8 @@ def section(name: str, result: dict[str, Any]) -> str:
 
 def shortcomings(result: dict[str, Any]) -> str:
     """What a file that older code made lacks; empty for the others."""
-    absent = [words for name, words in {"data": "image counts", "summary": "means over seeds"}.items() if name not in result]
+    wanted = {"threads": "the threads of the command", "data": "image counts", "summary": "means over seeds"}
+    absent = [words for name, words in wanted.items() if name not in result]
     said = ["older code: its command may differ"] if is_older(result.get("commit")) else []
     return "; ".join([*said, *([f"not recorded: {', '.join(absent)}"] if absent else [])])
 

@@ -164,7 +164,7 @@ def test_a_result_of_older_code_says_so(tmp_path, monkeypatch):
     head = git("rev-parse", "HEAD")
     assert not readme.is_older(head) and not readme.is_older(None)
     assert readme.is_older(f"{head}-dirty") and readme.is_older("0" * 40)
-    assert readme.shortcomings({"commit": head, "data": {}, "summary": []}) == ""
-    assert readme.shortcomings({"commit": "0" * 40, "summary": []}) == (
+    assert readme.shortcomings({"commit": head, "threads": 1, "data": {}, "summary": []}) == ""
+    assert readme.shortcomings({"commit": "0" * 40, "threads": 1, "summary": []}) == (
         "older code: its command may differ; not recorded: image counts"
     )
