@@ -83,8 +83,8 @@ def main() -> None:
         rates = dict((*_ours(name, data, seed, options, accelerator), *_theirs(name, seed, options, accelerator.device)))
         rows += _rows({"network": name, "seed": seed}, rates)
         facts = {"data": {"cifar10_train": len(data.images)}}
-        config = vars(options) | {"data": LIST}
-        write_result(f"detector_speed{options.suffix}", config, options.seeds, rows, facts, device=options.device)
+        settings = vars(options) | {"data": LIST}
+        write_result(f"detector_speed{options.suffix}", settings, options.seeds, rows, facts, device=options.device)
     for row in rows:
         print(row)
 
