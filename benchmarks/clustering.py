@@ -12,7 +12,6 @@ labels are looked at for ACC, NMI and ARI, never before. A tiny size: `--images 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -110,12 +109,12 @@ def compare(features: torch.Tensor, true: torch.Tensor, seed: int, settings: arg
 def measure_features(settings: argparse.Namespace) -> list[dict[str, Any]]:
     """All seeds; the result is written after each."""
     data = load_features(settings)
-    facts = {"features": f"{settings.backbone}, pre-trained, frozen", "n_train": len(data["labels"])}
+    facts = {"data": {"cifar10_train": len(data["labels"])}, "features": f"{settings.backbone}, pre-trained, frozen"}
     rows: list[dict[str, Any]] = []
+    where = {"folder": settings.folder, "device": settings.device}
     for index, seed in enumerate(settings.seeds):
         rows += compare(data["features"], data["labels"], seed, settings)
-        seeds = settings.seeds[: index + 1]
-        write_result("clustering", dataclasses.asdict(CONFIG), seeds, rows, facts=facts, folder=settings.folder)
+        write_result("clustering", as_dict(CONFIG), settings.seeds[: index + 1], rows, facts, **where)
     return rows
 
 
@@ -135,8 +134,8 @@ def measure_runs(settings: argparse.Namespace) -> list[dict[str, Any]]:
             with atomic_path(settings.folder / "clustering-scratch-labels.npy") as temporary:
                 np.save(temporary, labels.numpy().astype(np.uint8))
         seeds.append(context.config.seed)
-    facts = {"backbone": config["clustering"]["backbone"], "clustering": config["clustering"]}
-    write_result("clustering-scratch", config, seeds, rows, facts=facts, folder=settings.folder)
+    facts = {"data": {"train": rows[0]["n"]}, "backbone": config["clustering"]["backbone"], "clustering": config["clustering"]}
+    write_result("clustering-scratch", config, seeds, rows, facts, folder=settings.folder, device=config["device"])
     return rows
 
 

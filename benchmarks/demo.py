@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.experiment import Rows, data_facts
 from benchmarks.paired import paired_rows, read_scores
-from benchmarks.record import mean_and_deviation, write_result
+from benchmarks.record import RESULTS, earlier, mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import CompareConfig, as_dict
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yml")
     parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--note", help="a sentence to stand in the result")
     options = parser.parse_args()
     if options.threads:
         import torch
@@ -41,6 +42,9 @@ def main() -> None:
     if options.labels == "given":
         base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
     name = f"demo-{options.labels}{options.suffix}"
+    noted = {"note": options.note} if options.note else {}
+    begun = (ROOT / "runs" / "benchmarks" / f"{name}-{options.seeds[0]}").exists()  # else all is made anew
+    spent = earlier(RESULTS / f"{name}.json", as_dict(base))[1] if begun else 0.0
     rows: Rows = []
     scores = []
     for seed in options.seeds:
@@ -51,8 +55,9 @@ def main() -> None:
         extra = {"labels": options.labels, **{f"label_{key}": value for key, value in quality.items()}}
         rows += [row | extra for row in read_json(folder / "metrics.json")["rows"]]
         scores.append({ood.name: read_scores(folder, ood.name) for ood in base.data.ood})
-        facts = {**data_facts(config, folder), "paired": paired_rows(scores)}
-        write_result(name, as_dict(base), options.seeds[: options.seeds.index(seed) + 1], rows, facts=facts)
+        facts = {**data_facts(config, folder), **noted, "paired": paired_rows(scores)}
+        done = options.seeds[: options.seeds.index(seed) + 1]
+        write_result(name, as_dict(base), done, rows, facts, spent_s=spent, device=base.device)
     print(table(rows))
 
 

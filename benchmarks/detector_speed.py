@@ -82,7 +82,9 @@ def main() -> None:
     for name, seed in itertools.product(options.networks, options.seeds):
         rates = dict((*_ours(name, data, seed, options, accelerator), *_theirs(name, seed, options, accelerator.device)))
         rows += _rows({"network": name, "seed": seed}, rates)
-        write_result(f"detector_speed{options.suffix}", vars(options) | {"data": LIST}, options.seeds, rows)
+        facts = {"data": {"cifar10_train": len(data.images)}}
+        settings = vars(options) | {"data": LIST}
+        write_result(f"detector_speed{options.suffix}", settings, options.seeds, rows, facts, device=options.device)
     for row in rows:
         print(row)
 

@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=3)
     parser.add_argument("--images", type=int, default=256, help="outliers of the part `processes`")
     parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
+    parser.add_argument("--note", help="a sentence to stand in the result")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--suffix", default="")
     options = parser.parse_args()
@@ -157,10 +158,11 @@ def main() -> None:
         make_set(options.images, options.batch_size, options.worker)
         return
     rows: list[dict[str, Any]] = []
+    facts = {"data": {}, "note": " ".join(["Random images and weights.", *([options.note] if options.note else [])])}
 
     def add(more: list[dict[str, Any]]) -> None:
         rows.extend(more)
-        write_result(f"diffusion_cost{options.suffix}", as_dict(RunConfig()), [0], rows)
+        write_result(f"diffusion_cost{options.suffix}", as_dict(RunConfig()), [0], rows, facts)
 
     if "training" in options.part:
         for size in options.sizes:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.handover import pack, unpack
 from benchmarks.paired import paired_rows, read_scores
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, earlier, write_result
 from sdood_plugin.artifacts import atomic_path, read_json, value_hash
 from sdood_plugin.cli import build_parser, run_config
 from sdood_plugin.config import ImagesConfig, OODConfig, RunConfig, as_dict
@@ -170,7 +170,7 @@ def cells(
         with handed_over(options, dataclasses.replace(config, seed=seed)):
             rows += [{**cell, "seed": seed, **row} for row in work(seed, cell)]
         done = list(dict.fromkeys(row["seed"] for row in rows))
-        write_result(options.name, as_dict(config), done, rows, facts=facts(done), spent_s=spent, folder=options.results)
+        write_result(options.name, as_dict(config), done, rows, facts=facts(done), spent_s=spent, **_written(options, config))
     return rows
 
 
@@ -198,14 +198,17 @@ def methods_table(options: Options, config: RunConfig, absent: Sequence[str], pu
         scores = [{ood.name: read_scores(own, ood.name) for ood in config.data.ood} for own in scored]
         paired = paired_rows(scores) if scores else []
         facts = {**data_facts(config, folder, absent), "published": list(published), "paired": paired}
-        write_result(options.name, as_dict(config), done, rows, facts=facts, spent_s=spent, folder=options.results)
+        write_result(options.name, as_dict(config), done, rows, facts=facts, spent_s=spent, **_written(options, config))
     return rows
 
 
 def _earlier(options: Options, config: RunConfig) -> tuple[Rows, float]:
-    """Rows and seconds of the result that is there, if it was made under the same settings."""
-    before = read_json(options.result) if options.result.exists() else {}
-    return (before["rows"], before["wall_s"]) if before.get("config_sha256") == value_hash(as_dict(config)) else ([], 0.0)
+    return earlier(options.result, as_dict(config), options.data)
+
+
+def _written(options: Options, config: RunConfig) -> dict[str, Any]:
+    """Where a table's result goes, its device and its data: arguments of `write_result`."""
+    return {"folder": options.results, "device": config.device, "data_root": options.data}
 
 
 @contextlib.contextmanager

@@ -180,8 +180,8 @@ def main() -> None:
         faiss.omp_set_num_threads(settings.threads)
         for kind, queries, rows, width in cases:
             records += case(kind, queries, rows, width, settings)
-            facts = {"threads": settings.threads, "device_of_ours": settings.device}
-            write_result(f"neighbours_speed{settings.suffix}", vars(settings), [0], records, facts=facts)
+            facts = {"data": {}, "note": "Random vectors.", "device_of_ours": settings.device}
+            write_result(f"neighbours_speed{settings.suffix}", vars(settings), [0], records, facts, device=settings.device)
     for record in records:
         ratios = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name.startswith(("ratio", "same")))
         place = f"{record['features']:10s} {record['bank']:15s} {record['task']:7s} {record['method']:21s}"

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import RESULTS, write_result
-from sdood_plugin.artifacts import atomic_path, read_json, value_hash
+from benchmarks.record import RESULTS, earlier, write_result
+from sdood_plugin.artifacts import atomic_path
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import ImagesConfig, InspectionConfig, OutliersConfig, RunConfig, SelectionConfig, as_dict
 from sdood_plugin.context import Context
@@ -212,15 +212,12 @@ def main() -> None:
         inspections.append(InspectionConfig("inception", options.inception))
     config, name = configuration(options), f"outlier_quality{options.suffix}"
     measured = {**as_dict(config), "count": options.count, "features": [as_dict(inspection) for inspection in inspections]}
-    path = RESULTS / f"{name}.json"
-    old = read_json(path) if path.exists() else {}
-    rows = old["rows"] if old.get("config_sha256") == value_hash(measured) else []
-    spent = old["wall_s"] if rows else 0.0
+    rows, spent = earlier(RESULTS / f"{name}.json", measured)
     bench = Bench(config, ROOT / "runs" / "benchmarks" / name, options.count, inspections)
     diffusion, over = bench.config.diffusion, ", ".join(features.name for features, _ in bench.inspections)
     model = f"{diffusion.size} U-Net, {diffusion.steps} steps of {diffusion.batch_size} images"
     note = f"{model}, trained on {len(bench.train)} images with their true labels; distances over {over}"
-    facts = {"note": note, **bench.accuracy()}
+    facts = {"data": {"train": len(bench.train), "sources": len(bench.sources)}, "note": note, **bench.accuracy()}
     bench.figure(RESULTS.parent / "figures" / f"{name}-triplets.png")
     settings = [("none", 0.0, 0.0)]
     settings += [(mode, start, weight) for start in STARTS for mode in ("other", "away", "blend") for weight in WEIGHTS]
@@ -228,7 +225,7 @@ def main() -> None:
     for mode, start, weight in settings:
         if not any((row["mode"], row["start_fraction"], row["guidance_weight"]) == (mode, start, weight) for row in rows):
             rows.append(bench.row(mode, start, weight))
-            write_result(name, measured, [config.seed], rows, facts=facts, spent_s=spent)
+            write_result(name, measured, [config.seed], rows, facts, spent_s=spent, device=config.device)
             print({key: round(value, 2) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
 
 

@@ -175,7 +175,7 @@ def rows(
 
 
 def measure(settings: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The rows of the result, and how many images the detectors were fitted on."""
+    """The rows of the result, and the number of images in each set."""
     most, most_train = settings.limit or None, settings.train_limit or None
     transform = functools.partial(network_input, size=32)
     backbone = load_backbone(settings.backbone, settings.weights).eval().requires_grad_(False).to(settings.device)
@@ -202,7 +202,10 @@ def measure(settings: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[st
     theirs = recipes(backbone, train, settings.device, settings.batch_size)
     for method, recipe in {**ours(train, outliers, settings.seed), **theirs}.items():
         records += rows(method, recipe, tests, settings)
-    return records, {"n_train": len(train.labels), "n_outliers": 0 if outliers is None else len(outliers)}
+    counts = {"train": len(train.labels), "outliers": 0 if outliers is None else len(outliers)}
+    for benchmark, sets in tests.values():
+        counts |= {name: len(part.features) for name, part in zip(["CIFAR10", *benchmark.ood_names], sets, strict=True)}
+    return records, counts
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,9 +214,9 @@ def main(argv: list[str] | None = None) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         records, counts = measure(settings)
-    facts = {**counts, "labels": "true", "features": f"frozen, {'pre-trained' if settings.weights else 'random'}"}
-    config = {name: str(value) for name, value in vars(settings).items()}
-    write_result("pytorch_ood_cifar10", config, [settings.seed], records, facts=facts)
+    facts = {"data": counts, "labels": "true", "features": f"frozen, {'pre-trained' if settings.weights else 'random'}"}
+    where = {"device": settings.device, "data_root": settings.data_root}
+    write_result("pytorch_ood_cifar10", vars(settings), [settings.seed], records, facts, **where)
     print(table(records))
 
 

@@ -211,17 +211,19 @@ def main() -> None:
     made = OutlierFeatures(settings.outliers, settings.weights, settings.device) if settings.outliers else None
     kind = "images of an outlier set" if made else "feature-space mixtures of two classes"
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {"chosen": []}
+    counts = {name: len(part.labels) for name, part in sets.items()} | ({"outliers": len(made.sources)} if made else {})
+    facts: dict[str, Any] = {"data": counts, "chosen": []}
     pairs = []
-    config = {name: str(value) for name, value in vars(settings).items()}
+    config = {name: value for name, value in vars(settings).items() if name not in ("cache", "suffix")}
+    name, where = f"real_vit_tiny{settings.suffix}", {"device": settings.device, "data_root": settings.data_root}
     for number, seed in enumerate(settings.seeds):
         found, chosen = one_seed(seed, sets, made, settings.bank_sizes)
         rows += records(seed, found, kind)
         facts["chosen"].append(chosen)
         scores = {name: [values.double().numpy() for values in test] for name, test in found.items()}
         pairs.append({ood: {m: (s[0], s[1 + place]) for m, s in scores.items()} for place, ood in enumerate(OODS)})
-        write_result(f"real_vit_tiny{settings.suffix}", config, settings.seeds[: number + 1], rows, facts=facts)
-    write_result(f"real_vit_tiny{settings.suffix}", config, settings.seeds, rows, facts=facts | {"paired": paired_rows(pairs)})
+        write_result(name, config, settings.seeds[: number + 1], rows, facts, **where)
+    write_result(name, config, settings.seeds, rows, facts | {"paired": paired_rows(pairs)}, **where)
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == name]) for name in OODS]
         print(method.ljust(28) + "".join(f"{mean:.2f} +- {deviation:.2f}".rjust(18) for mean, deviation in cells))

@@ -243,6 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--compile", action="store_true", help="also torch.compile (a minute or more for each batch shape)")
     parser.add_argument("--only", nargs="+", help="names of methods, to try things out")
+    parser.add_argument("--note", help="a sentence to stand in the result")
     parser.add_argument("--suffix", default="")
     options = parser.parse_args()
     context = Context(read_config(options.run / "config.yaml"), options.run)
@@ -251,7 +252,9 @@ def main() -> None:
     found = [m for m in methods(compiled, options) if not options.only or m.name in options.only]
     chosen = spread(len(context.train), options.images)
     labels = context.labels.labels[chosen]
-    facts = {"features": judge.name, "outliers": as_dict(setting.outliers), "batch_size": options.batch_size}
+    counts = {"train": len(context.train), "sources": len(chosen) // options.batch_size * options.batch_size}
+    facts = {"data": counts, **({"note": options.note} if options.note else {})}
+    facts |= {"features": judge.name, "outliers": as_dict(setting.outliers), "batch_size": options.batch_size}
     warm = _batch(context, chosen[: options.batch_size], setting.device)
     for method in found:
         if not method.name.startswith("naive"):  # kernels, caches, compilation
@@ -263,7 +266,8 @@ def main() -> None:
         for method in found:
             measure(method, setting, batch)
         rows_so_far = summarise(found, judge, labels, options.batch_size)
-        write_result(f"sampling_speed{options.suffix}", as_dict(context.config), [SEED], rows_so_far, facts=facts)
+        config = context.config
+        write_result(f"sampling_speed{options.suffix}", as_dict(config), [SEED], rows_so_far, facts, device=config.device)
     for row in rows_so_far:
         print({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
 

@@ -147,9 +147,11 @@ def main() -> None:
         facts["chosen"].append({"seed": run.config.seed, **read_json(folder / "detector" / "score.json")["calibration"]})
         configs.append(as_dict(run.config))
         seeds.append(run.config.seed)
-        write_result(name, configs, seeds, rows, facts=facts)
+        facts["data"] = {"train": len(run.train), **dict(zip(tests.names, map(len, tests.sets), strict=True))}
+        write_result(name, configs, seeds, rows, facts, device=run.config.device)
+    file = RESULTS.parent / "figures" / f"{name}-tsne.png"
     facts["tsne"] = early_and_late(*opened(settings.runs[0]), settings.early_epochs)
-    draw(write_result(name, configs, seeds, rows, facts=facts), RESULTS.parent / "figures" / f"{name}-tsne.png")
+    draw(write_result(name, configs, seeds, rows, facts, device=run.config.device), file)
     oods = list(dict.fromkeys(row["ood"] for row in rows))
     for method in PARTS.values():
         cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == ood]) for ood in oods]

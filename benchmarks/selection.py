@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo import table
-from benchmarks.record import RESULTS, mean_and_deviation, write_result
-from sdood_plugin.artifacts import read_json, value_hash
+from benchmarks.experiment import data_facts
+from benchmarks.record import RESULTS, earlier, mean_and_deviation, write_result
+from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import KINDS, ImagesConfig, RunConfig, SelectionConfig, as_dict
 from sdood_plugin.errors import RunError
@@ -151,22 +152,24 @@ def main() -> None:
     if options.labels == "given":
         base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
     name = f"selection{options.suffix}"
-    path = RESULTS / f"{name}.json"
-    old = read_json(path) if path.exists() else {}
-    rows = old["rows"] if old.get("config_sha256") == value_hash(as_dict(base)) else []
-    spent = old["wall_s"] if rows else 0.0
+    rows, spent = earlier(RESULTS / f"{name}.json", as_dict(base))
+    counts: dict[str, int] = {}
     for seed in options.seeds:
+        folder = ROOT / "runs" / "benchmarks" / f"{name}-{seed}"
+        images = data_facts(configured(base, variants(base)[0], seed), folder)["data"]  # the left-out digit is the seed's
+        counts |= {f"{part}, seed {seed}": count for part, count in images.items()}
         for variant in variants(base):
             if any(row["method"] == name_of(variant) and row["seed"] == seed for row in rows):
                 continue
-            rows += run_variant(base, variant, seed, ROOT / "runs" / "benchmarks" / f"{name}-{seed}")
+            rows += run_variant(base, variant, seed, folder)
             write_result(
                 name,
                 as_dict(base),
                 sorted({row["seed"] for row in rows}),
                 rows,
+                facts={"data": counts, "labels": options.labels, "ranking": ranking(rows)},
                 spent_s=spent,
-                facts={"labels": options.labels, "ranking": ranking(rows)},
+                device=base.device,
             )
     print(table([row for row in rows if "auroc" in row]))
     for row in ranking(rows):

@@ -165,9 +165,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, values in speeds.items():
             rows.append({"what": what, "method": name, "images_per_s": statistics.median(values), "repeats": values})
         rows.append({"what": what, "method": f"ours / {settings.loader}", "ratio": ours / theirs})
-        facts = {"backbone": settings.backbone, "batch_size": settings.batch_size, "workers": settings.workers}
-        config = {name: str(value) for name, value in vars(settings).items()}
-        write_result(f"simclr_speed-{settings.loader}", config, [0], rows, facts=facts, folder=settings.folder)
+        facts = {"data": {"cifar10_train": len(images)}, "backbone": settings.backbone}
+        facts |= {"batch_size": settings.batch_size, "workers": settings.workers}
+        where = {"folder": settings.folder, "device": settings.device, "data_root": settings.data_root}
+        write_result(f"simclr_speed-{settings.loader}", vars(settings), [0], rows, facts, **where)
     print(table(rows))
 
 

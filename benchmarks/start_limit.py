@@ -96,7 +96,8 @@ def main() -> None:
     for number, seed in enumerate(options.seeds, 1):
         context = Context(replace(base, seed=seed), options.out / f"seed-{seed}")
         rows += compare(context, [options.limit, 1.0], modes, options.sources)
-        write_result(f"start_limit{options.suffix}", as_dict(base), options.seeds[:number], rows)
+        facts = {"data": {"train": len(context.train)}}
+        write_result(f"start_limit{options.suffix}", as_dict(base), options.seeds[:number], rows, facts, device=base.device)
     for row in rows:
         print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -131,12 +132,39 @@ def test_a_summary_is_the_mean_over_seeds_of_rows_that_are_alike():
 
 
 def test_the_readme_says_not_yet_and_who_is_ahead():
-    assert readme.published_beside_ours({}).count("not yet") == 15 * 4 + 10 + 3
+    assert readme.published_beside_ours({}).count("not yet") == (15 + 5) * 4 + 10 + 3 + 7
     rows = [{"method": "dn2", "ood": "cifar100", "seed": seed, "auroc": 90.0 + seed} for seed in (0, 1)]
-    assert "83.3: 90.5 +- 0.7" in readme.published_beside_ours({"table1-gpu-resnet18": {"rows": rows}})
-    difference = {"ours": "sdood", "ood": "near", "difference": 2.0, "n_runs": 3}
-    text = readme.paired(
-        [{**difference, "method": "x", "low": 1.0, "high": 3.0}, {**difference, "method": "y", "low": -1.0, "high": 3.0}]
-    )
-    assert "+2.0 (+1.0 to +3.0) ahead" in text and text.count("ahead") == 1
+    text = readme.published_beside_ours({"table1-gpu-resnet18": {"rows": rows}})
+    assert "| DN2 | ResNet-18 | 83.3: not yet |" in text  # whose weights have seen ImageNet
+    assert "| DN2 | ResNet-18, SimCLR on CIFAR-10 | -: 90.5 +- 0.7 |" in text
+    difference = {"ours": "sdood", "ood": "near", "difference": 2.0, "spread": 0.4, "n_runs": 3}
+    ahead, level = {**difference, "method": "x", "low": 1.0, "high": 3.0}, {**difference, "method": "y", "low": -1.0, "high": 3.0}
+    text = readme.paired([ahead, level])
+    assert "+2.0 +- 0.4 (+1.0 to +3.0) ahead" in text and text.count("ahead") == 1
+    assert "ahead" not in readme.paired([{**ahead, "n_runs": 2}])
+    assert "| +2.0 (+1.0 to +3.0) |" in readme.paired([{**ahead, "spread": 0.0, "n_runs": 1}])
     assert "python -m benchmarks.table1" in readme.queue()
+
+
+def test_openoods_numbers_stand_beside_the_mean_of_both_near_sets():
+    rows = [{"method": "msp", "seed": 0, "ood": ood, "auroc": auroc} for ood, auroc in [("cifar100", 86.0), ("tin", 89.0)]]
+    text = readme.openood_beside_ours({"seeds": [0, 1], "rows": [*rows, {**rows[0], "seed": 1}]})
+    assert "| MSP | 88.03: 87.5 | 90.73 |" in text and "| KNN | 90.64: not yet |" in text and "| sdood | -: not yet |" in text
+
+
+def test_a_result_of_older_code_says_so(tmp_path, monkeypatch):
+    def git(*words):
+        said = subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True, text=True)
+        return said.stdout.strip()
+
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert not readme.is_older("0" * 40)  # no checkout
+    git("init", "--quiet")
+    git("-c", "user.name=a", "-c", "user.email=a", "commit", "--quiet", "--allow-empty", "--message", "first")
+    head = git("rev-parse", "HEAD")
+    assert not readme.is_older(head) and not readme.is_older(None)
+    assert readme.is_older(f"{head}-dirty") and readme.is_older("0" * 40)
+    assert readme.shortcomings({"commit": head, "threads": 1, "data": {}, "summary": []}) == ""
+    assert readme.shortcomings({"commit": "0" * 40, "threads": 1, "summary": []}) == (
+        "older code: its command may differ; not recorded: image counts"
+    )

@@ -131,13 +131,14 @@ def test_the_script_names_every_detector_of_the_host_beside_ours(data_root, run_
     monkeypatch.setattr(pytorch_ood_cifar10, "write_result", partial(record.write_result, folder=tmp_path))
     options = [str(data_root), "--backbone", "small_cnn", "--outliers", str(run_folder / "outliers"), "--limit", "8"]
     monkeypatch.setattr(sys, "argv", ["benchmarks/pytorch_ood_cifar10.py", *options])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_rng_state()
     pytorch_ood_cifar10.main()
     assert torch.get_rng_state().equal(before)
     written = json.loads((tmp_path / "pytorch_ood_cifar10.json").read_text())
     assert written["command"] == f"python -m benchmarks.pytorch_ood_cifar10 {' '.join(options)}"
     assert {"config_sha256", "device", "versions", "wall_s"} <= set(written) and written["seeds"] == [0]
-    assert written["n_outliers"] == 24 and written["n_train"] == 72
+    assert written["data"] == {"train": 72, "outliers": 24, "CIFAR10": 8, "CIFAR100": 8, "UniformNoise": 8, "GaussianNoise": 8}
     ran = [row for row in written["rows"] if "skipped" not in row]
     skipped = {row["method"]: row["skipped"] for row in written["rows"] if "skipped" in row and "method" in row}
     classes = [value for value in vars(pytorch_ood.detector).values() if inspect.isclass(value) and issubclass(value, Detector)]
