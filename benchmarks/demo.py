@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiment import Rows, data_facts
-from benchmarks.paired import paired_rows, read_scores
+from benchmarks.paired import add_pairs, read_scores
 from benchmarks.record import mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
@@ -23,7 +24,7 @@ from sdood_plugin.stages import label_quality
 ROOT = Path(__file__).parent.parent
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Rows:
     """Run the seeds one after the other and write results/demo-LABELS[-suffix].json after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", choices=["hidden", "given"], required=True)
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yml")
     parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.threads:
         import torch
 
@@ -51,9 +52,11 @@ def main() -> None:
         extra = {"labels": options.labels, **{f"label_{key}": value for key, value in quality.items()}}
         rows += [row | extra for row in read_json(folder / "metrics.json")["rows"]]
         scores.append({ood.name: read_scores(folder, ood.name) for ood in base.data.ood})
-        facts = {**data_facts(config, folder), "paired": paired_rows(scores)}
-        write_result(name, as_dict(base), options.seeds[: options.seeds.index(seed) + 1], rows, facts=facts)
+        done, results = options.seeds[: options.seeds.index(seed) + 1], ROOT / "benchmarks" / "results"
+        result = write_result(name, as_dict(base), done, rows, facts=data_facts(config, folder), folder=results)
+        add_pairs(result, scores)
     print(table(rows))
+    return rows
 
 
 def table(rows: Rows) -> str:
