@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiment import Rows, data_facts
-from benchmarks.paired import paired_rows, read_scores
-from benchmarks.record import RESULTS, earlier, mean_and_deviation, write_result
+from benchmarks.paired import add_pairs, read_scores
+from benchmarks.record import earlier, mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import CompareConfig, as_dict
@@ -23,7 +24,7 @@ from sdood_plugin.stages import label_quality
 ROOT = Path(__file__).parent.parent
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> Rows:
     """Run the seeds one after the other and write results/demo-LABELS[-suffix].json after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", choices=["hidden", "given"], required=True)
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--note", help="a sentence to stand in the result")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.threads:
         import torch
 
@@ -41,10 +42,10 @@ def main() -> None:
     base = dataclasses.replace(base, compare=dataclasses.replace(base.compare, methods=CompareConfig().methods))
     if options.labels == "given":
         base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
-    name = f"demo-{options.labels}{options.suffix}"
+    name, results = f"demo-{options.labels}{options.suffix}", ROOT / "benchmarks" / "results"
     noted = {"note": options.note} if options.note else {}
     begun = (ROOT / "runs" / "benchmarks" / f"{name}-{options.seeds[0]}").exists()  # else all is made anew
-    spent = earlier(RESULTS / f"{name}.json", as_dict(base))[1] if begun else 0.0
+    spent = earlier(results / f"{name}.json", as_dict(base))[1] if begun else 0.0
     rows: Rows = []
     scores = []
     for seed in options.seeds:
@@ -55,10 +56,12 @@ def main() -> None:
         extra = {"labels": options.labels, **{f"label_{key}": value for key, value in quality.items()}}
         rows += [row | extra for row in read_json(folder / "metrics.json")["rows"]]
         scores.append({ood.name: read_scores(folder, ood.name) for ood in base.data.ood})
-        facts = {**data_facts(config, folder), **noted, "paired": paired_rows(scores)}
         done = options.seeds[: options.seeds.index(seed) + 1]
-        write_result(name, as_dict(base), done, rows, facts, spent_s=spent, device=base.device)
+        facts = {**data_facts(config, folder), **noted}
+        result = write_result(name, as_dict(base), done, rows, facts, spent_s=spent, folder=results, device=base.device)
+        add_pairs(result, scores)
     print(table(rows))
+    return rows
 
 
 def table(rows: Rows) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.handover import pack, unpack
-from benchmarks.paired import paired_rows, read_scores
+from benchmarks.paired import add_pairs, read_scores
 from benchmarks.record import RESULTS, earlier, write_result
 from sdood_plugin.artifacts import atomic_path, read_json, value_hash
 from sdood_plugin.cli import build_parser, run_config
@@ -73,6 +73,14 @@ class Options:
     def folder(self, seed: int) -> Path:
         """The run folder of a seed."""
         return ROOT / "runs" / "benchmarks" / f"{self.name}-{seed}"
+
+    def handed(self, seed: int) -> Path:
+        """What the size gpu keeps of it for the next slot."""
+        return RESULTS / "handover" / f"{self.name}-{seed}"
+
+    def scored(self, seed: int) -> Path:
+        """Where the scores of a finished seed are: in its run folder, or in what an earlier slot kept of it."""
+        return self.folder(seed) if self.folder(seed).exists() else self.handed(seed)
 
 
 def read_options(
@@ -194,11 +202,10 @@ def methods_table(options: Options, config: RunConfig, absent: Sequence[str], pu
         files = [folder / stage / "rows.json" for stage in ("evaluation", "comparison")]
         rows += [row for file in files if file.exists() for row in read_json(file)]
         done = list(dict.fromkeys(row["seed"] for row in rows))
-        scored = [own for own in map(options.folder, done) if (own / "comparison" / "scores-id.csv").exists()]
-        scores = [{ood.name: read_scores(own, ood.name) for ood in config.data.ood} for own in scored]
-        paired = paired_rows(scores) if scores else []
-        facts = {**data_facts(config, folder, absent), "published": list(published), "paired": paired}
+        facts = {**data_facts(config, folder, absent), "published": list(published)}
         write_result(options.name, as_dict(config), done, rows, facts=facts, spent_s=spent, **_written(options, config))
+        scored = [own for own in map(options.scored, done) if (own / "comparison" / "scores-id.csv").exists()]
+        add_pairs(options.result, [{ood.name: read_scores(own, ood.name) for ood in config.data.ood} for own in scored])
     return rows
 
 
@@ -217,7 +224,7 @@ def handed_over(options: Options, config: RunConfig) -> Iterator[None]:
 
     Scores that were made under other settings are removed. Only the size gpu hands over.
     """
-    folder, kept = options.folder(config.seed), RESULTS / "handover" / f"{options.name}-{config.seed}"
+    folder, kept = options.folder(config.seed), options.handed(config.seed)
     if not folder.exists():
         _begin(options, config.seed, folder, kept)
     told = folder / "run.json"

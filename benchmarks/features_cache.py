@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -42,11 +43,12 @@ def cached_features(
     train_images: int = TRAIN_IMAGES,
     test_images: int | None = None,
     device: str = "cpu",
+    names: Iterable[str] = LISTS,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """`features`, `labels` and `index` of every set of `LISTS`, read from the cache or made and put there."""
+    """`features`, `labels` and `index` of sets of `LISTS`, read from the cache or made and put there."""
     found = {}
-    for name, imglist in LISTS.items():
-        path = data_root / "benchmark_imglist" / "cifar10" / imglist
+    for name in names:
+        path = data_root / "benchmark_imglist" / "cifar10" / LISTS[name]
         limit = train_images if name == "cifar10_train" else test_images
         found[name] = _cached(path, limit, data_root / "images_classic", weights, cache / f"{name}.safetensors", backbone, device)
     return found

@@ -8,24 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from sdood_plugin.artifacts import read_csv
+from sdood_plugin.artifacts import read_csv, read_json, write_json
 
 DRAWS = 2000
 OURS = {"score": "sdood", "distance": "sdood-distance", "votes": "sdood-vote", "g_bin": "sdood-g_bin"}  # column -> method
 Scores = tuple[np.ndarray, np.ndarray]  # float64 scores of ID and of OOD images, larger = more OOD
+Weights = tuple[np.ndarray, np.ndarray]  # int (1 + draws, N) and (1 + draws, M): how often each image counts
 
 
 def read_scores(folder: Path, ood: str) -> dict[str, Scores]:
     """Every method's scores of the ID test images and of one OOD set in a run folder: ours and the comparators'."""
-    found: dict[str, Scores] = {}
-    for stage in ("evaluation", "comparison"):
-        sides = [read_csv(folder / stage / f"scores-{name}.csv") for name in ("id", ood)]
-        for column in sides[0][0]:
-            name = OURS.get(column) if stage == "evaluation" else column
-            if name is not None and column != "path":
-                inside, outside = (np.array([float(row[column]) for row in side]) for side in sides)
-                found[name] = (inside, outside)
-    return found
+    ours = read_table(folder / "evaluation", ood)
+    return {OURS[column]: scores for column, scores in ours.items() if column in OURS} | read_table(folder / "comparison", ood)
+
+
+def read_table(folder: Path, ood: str) -> dict[str, Scores]:
+    """By column, what `scores-id.csv` and `scores-OOD.csv` of a folder hold beside `path`."""
+    inside, outside = (read_csv(folder / f"scores-{name}.csv") for name in ("id", ood))
+    columns = [column for column in inside[0] if column != "path"]
+    return {column: (_numbers(inside, column), _numbers(outside, column)) for column in columns}
+
+
+def _numbers(rows: Sequence[Mapping[str, str]], column: str) -> np.ndarray:
+    return np.array([float(row[column]) for row in rows])
 
 
 def weighted_auroc(scores: Scores, id_weights: np.ndarray, ood_weights: np.ndarray) -> np.ndarray:
@@ -47,50 +52,85 @@ def weighted_auroc(scores: Scores, id_weights: np.ndarray, ood_weights: np.ndarr
     return wins / id_weights.sum(axis=1) / ood_weights.sum(axis=1)
 
 
-def paired_difference(
-    ours: Sequence[Scores], theirs: Sequence[Scores], *, seed: int = 0, draws: int = DRAWS, level: float = 0.95
-) -> dict[str, float]:
-    """Ours minus theirs in per cent of AUROC, the mean over runs, with a percentile interval.
+def weightings(runs: Sequence[Scores], *, same_ood: bool = True, draws: int = DRAWS, seed: int = 0) -> list[Weights]:
+    """For each run the counts of its images: once all of them, then `draws` resamples, ID and OOD apart.
 
-    Every run's test images are resampled on their own, ID and OOD apart, and both methods see the same resample.
+    Seeds are tested on the same images, so one draw serves all runs: averaging more of them shows the test images no better.
 
     Args:
-        ours, theirs: Scores of each run (seed), in the same order, of the same images.
-        seed: Seed of the resampling.
+        runs: Scores of each run, any method's; image i of one run is image i of every other.
+        same_ood: Whether that holds of the OOD images too; else each run's are drawn on their own.
         draws: Resamples.
-        level: Coverage of the interval.
+        seed: Seed of the resampling.
+    """
+    generator = np.random.default_rng(seed)
+
+    def counts(size: int) -> np.ndarray:
+        return np.concatenate([np.ones((1, size), int), generator.multinomial(size, np.full(size, 1 / size), size=draws)])
+
+    inside, outside = (counts(len(side)) for side in runs[0])
+    own = [outside, *(outside if same_ood else counts(len(run[1])) for run in runs[1:])]
+    return [(inside, one) for one in own]
+
+
+def areas(runs: Sequence[Scores], weights: Sequence[Weights]) -> np.ndarray:
+    """A method's AUROC in per cent, (R, 1 + draws): of each run's images as they are, then of their resamples.
+
+    Raises:
+        ValueError: Scores of other numbers of images than were drawn.
+    """
+    for scores, own in zip(runs, weights, strict=True):
+        found, expected = [len(side) for side in scores], [side.shape[1] for side in own]
+        if found != expected:
+            raise ValueError(f"scores of {found} images (ID, OOD), expected {expected}: not the same images")
+    return np.stack([100 * weighted_auroc(scores, *own) for scores, own in zip(runs, weights, strict=True)])
+
+
+def paired_difference(ours: np.ndarray, theirs: np.ndarray, *, level: float = 0.95) -> dict[str, float]:
+    """Ours minus theirs, the mean over runs, with a percentile interval over test images.
+
+    Args:
+        ours, theirs: `areas` of the two methods under the same weightings.
+        level: Coverage of the interval. It says nothing about other seeds: that is `spread`.
 
     Returns:
         `difference`, `low`, `high`; `spread`, the sample standard deviation of the difference over runs (0 for one run);
         `n_runs`.
     """
-    generator = np.random.default_rng(seed)
-    points, resampled = [], []
-    for mine, other in zip(ours, theirs, strict=True):
-        sizes = [len(side) for side in mine]
-        if sizes != [len(side) for side in other]:
-            raise ValueError(f"scores of {[len(side) for side in other]} images, expected {sizes}: not the same images")
-        whole = [np.ones((1, size)) for size in sizes]
-        weights = [generator.multinomial(size, np.full(size, 1 / size), size=draws) for size in sizes]
-        points.append(float((weighted_auroc(mine, *whole) - weighted_auroc(other, *whole))[0]))
-        resampled.append(weighted_auroc(mine, *weights) - weighted_auroc(other, *weights))
-    low, high = np.quantile(np.mean(resampled, axis=0), [(1 - level) / 2, (1 + level) / 2])
+    gaps = ours - theirs
+    points, resampled = gaps[:, 0], gaps[:, 1:].mean(axis=0)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     spread = float(np.std(points, ddof=1)) if len(points) > 1 else 0.0
-    values = {"difference": float(np.mean(points)), "low": float(low), "high": float(high), "spread": spread}
-    return {name: 100 * value for name, value in values.items()} | {"n_runs": len(points)}
+    return {"difference": float(points.mean()), "low": float(low), "high": float(high), "spread": spread, "n_runs": len(points)}
 
 
-def paired_rows(runs: Sequence[Mapping[str, Mapping[str, Scores]]], ours: str = "sdood") -> list[dict[str, Any]]:
+def paired_rows(
+    runs: Sequence[Mapping[str, Mapping[str, Scores]]], ours: str = "sdood", *, same_ood: bool = True, draws: int = DRAWS
+) -> list[dict[str, Any]]:
     """One record for each OOD set and comparator: `ours` minus it.
 
     Args:
-        runs: For each seed, by OOD set, by method, the scores (`read_scores`).
+        runs: For each seed, by OOD set, by method, the scores (`read_scores`); none give no records.
         ours: Name of our method.
+        same_ood: As in `weightings`.
+        draws: Resamples.
+
+    Raises:
+        ValueError: Runs or methods whose sets differ in size.
     """
     rows: list[dict[str, Any]] = []
-    for ood, methods in runs[0].items():
+    for ood, methods in runs[0].items() if runs else ():
+        weights = weightings([run[ood][ours] for run in runs], same_ood=same_ood, draws=draws)
+        mine = areas([run[ood][ours] for run in runs], weights)
         for method in methods:
             if not method.startswith("sdood"):
-                values = paired_difference([run[ood][ours] for run in runs], [run[ood][method] for run in runs])
+                values = paired_difference(mine, areas([run[ood][method] for run in runs], weights))
                 rows.append({"ours": ours, "method": method, "ood": ood, **values})
     return rows
+
+
+def add_pairs(result: Path, runs: Sequence[Mapping[str, Mapping[str, Scores]]], *, same_ood: bool = True) -> None:
+    """Put the paired differences into a result that is written: they take minutes on large sets, and rows should not wait."""
+    written = read_json(result)
+    rows = written.pop("rows")  # last in the file
+    write_json(result, {**written, "paired": paired_rows(runs, same_ood=same_ood), "rows": rows})

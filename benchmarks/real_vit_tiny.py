@@ -14,12 +14,14 @@ rows are pre-trained: the backbone has seen ImageNet with labels. The methods:
 - sdood, bank N: both banks reduced to N rows together by k-means.
 
 True labels train the heads, mahalanobis and vim (the labelled protocol). Seeds decide which tenth of the training images is
-held out for alpha and the scale, the mixtures and the heads' first weights.
+held out for alpha and the scale, the mixtures and the heads' first weights. Features of test images are read when every seed
+is fitted.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +29,8 @@ import torch
 from torch import nn
 
 from benchmarks.features_cache import BACKBONE, CACHE, TRAIN_IMAGES, cached_features, features_of
-from benchmarks.paired import paired_rows
-from benchmarks.record import mean_and_deviation, write_result
+from benchmarks.paired import add_pairs
+from benchmarks.record import RESULTS, mean_and_deviation, write_result
 from sdood_plugin.baselines.dn2 import knn_score
 from sdood_plugin.baselines.posthoc import posthoc_scores
 from sdood_plugin.config import ScoringConfig
@@ -58,7 +60,7 @@ class Labelled(NamedTuple):
         return Labelled(self.features[chosen], self.labels[chosen])
 
 
-def arguments() -> argparse.Namespace:
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.real_vit_tiny", description=__doc__.split("\n")[0])
     parser.add_argument("data_root", type=Path)
@@ -71,7 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bank-sizes", type=int, nargs="*", default=[2000, 500, 100])
     parser.add_argument("--device", default="cpu", help="of the backbone")
     parser.add_argument("--suffix", default="")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def mixtures(inside: Labelled, generator: torch.Generator) -> Labelled:
@@ -136,11 +138,38 @@ def scores_with_outliers(score: Score, layer: nn.Linear, tests: list[torch.Tenso
     return found
 
 
-def one_seed(
-    seed: int, sets: dict[str, Labelled], made: OutlierFeatures | None, sizes: list[int]
-) -> tuple[Scores, dict[str, Any]]:
-    """Every method's scores of the test sets, and what was chosen on held-out data."""
-    whole, tests = sets["cifar10_train"], [sets[name].features for name in ("cifar10_test", *OODS)]
+class Fitted(NamedTuple):
+    """What one seed has learnt and chosen; test images have no part in it."""
+
+    train: Labelled
+    plain: nn.Linear  # heads trained without outliers
+    layer: nn.Linear  # heads trained with them
+    score: Score
+    small: dict[int, Score]  # by bank size
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What was chosen on held-out data."""
+        calibration = self.score.calibration
+        values = {"alpha": calibration.alpha, "curve": calibration.curve, "threshold": calibration.threshold}
+        return values | {"false_alarm_interval": calibration.false_alarm_interval}
+
+    def scores(self, tests: list[torch.Tensor]) -> Scores:
+        """Every method's scores of the test sets."""
+        found = scores_without_outliers(self.train, self.plain, tests) | scores_with_outliers(self.score, self.layer, tests)
+        for size, small in self.small.items():
+            terms = [small.terms(test) for test in tests]
+            found[f"sdood, bank {size}"] = [small.combined(*pair) for pair in terms]
+            found[f"sdood-distance, bank {size}"] = [distance for distance, _ in terms]
+        return found
+
+    def accuracy(self, test: Labelled) -> float:
+        """Per cent of images whose class g_in finds."""
+        return 100 * float((split_heads(self.layer, test.features).inside.argmax(dim=1) == test.labels).float().mean())
+
+
+def fit_seed(seed: int, whole: Labelled, made: OutlierFeatures | None, sizes: list[int]) -> Fitted:
+    """Everything that is trained and chosen, from the training images alone."""
     order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "heldout")))
     heldout = torch.zeros(len(order), dtype=torch.bool)
     heldout[order[: len(order) // 10]] = True
@@ -149,21 +178,10 @@ def one_seed(
         outliers, held_outliers = (mixtures(part, step_generator(seed, "mixtures", len(part.labels))) for part in (train, held))
     else:
         outliers, held_outliers = made.split(seed)
-    found = scores_without_outliers(train, train_heads(train, None, seed), tests)
-    layer = train_heads(train, outliers, seed)
     given = (train.features, outliers.features, held.features, held_outliers.features)
-    score = fit_score(*given, ScoringConfig())
-    found |= scores_with_outliers(score, layer, tests)
-    for size in sizes:
-        small = fit_score(*given, ScoringConfig(bank_size=size))
-        terms = [small.terms(test) for test in tests]
-        found[f"sdood, bank {size}"] = [small.combined(*pair) for pair in terms]
-        found[f"sdood-distance, bank {size}"] = [distance for distance, _ in terms]
-    said = split_heads(layer, tests[0]).inside.argmax(dim=1)
-    accuracy = 100 * float((said == sets["cifar10_test"].labels).float().mean())
-    calibration = score.calibration
-    chosen = {"seed": seed, "id_accuracy": accuracy, "alpha": calibration.alpha, "curve": calibration.curve}
-    return found, chosen | {"threshold": calibration.threshold, "false_alarm_interval": calibration.false_alarm_interval}
+    small = {size: fit_score(*given, ScoringConfig(bank_size=size)) for size in sizes}
+    layers = train_heads(train, None, seed), train_heads(train, outliers, seed)
+    return Fitted(train, *layers, fit_score(*given, ScoringConfig()), small)
 
 
 class OutlierFeatures:
@@ -202,31 +220,39 @@ def records(seed: int, found: Scores, kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Run and write, after each seed."""
-    settings = arguments()
-    sizes = {"train_images": settings.train_images, "test_images": settings.test_images, "device": settings.device}
-    cached = cached_features(settings.data_root, settings.weights, settings.cache, **sizes)
-    sets = {name: Labelled(tensors["features"], tensors["labels"]) for name, tensors in cached.items()}
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Fit every seed, then score the test sets and write, after each seed."""
+    settings = read_arguments(arguments)
+
+    def read(names: Sequence[str]) -> list[Labelled]:
+        sizes = {"train_images": settings.train_images, "test_images": settings.test_images, "device": settings.device}
+        cached = cached_features(settings.data_root, settings.weights, settings.cache, **sizes, names=names)
+        return [Labelled(tensors["features"], tensors["labels"]) for tensors in cached.values()]
+
+    (whole,) = read(["cifar10_train"])
     made = OutlierFeatures(settings.outliers, settings.weights, settings.device) if settings.outliers else None
+    fitted = [fit_seed(seed, whole, made, settings.bank_sizes) for seed in settings.seeds]
+    tests = read(["cifar10_test", *OODS])
     kind = "images of an outlier set" if made else "feature-space mixtures of two classes"
     rows: list[dict[str, Any]] = []
-    counts = {name: len(part.labels) for name, part in sets.items()} | ({"outliers": len(made.sources)} if made else {})
+    parts = zip(["cifar10_train", "cifar10_test", *OODS], [whole, *tests], strict=True)
+    counts = {name: len(part.labels) for name, part in parts} | ({"outliers": len(made.sources)} if made else {})
     facts: dict[str, Any] = {"data": counts, "chosen": []}
     pairs = []
-    config = {name: value for name, value in vars(settings).items() if name not in ("cache", "suffix")}
+    config = {key: value for key, value in vars(settings).items() if key not in ("cache", "suffix")}
     name, where = f"real_vit_tiny{settings.suffix}", {"device": settings.device, "data_root": settings.data_root}
-    for number, seed in enumerate(settings.seeds):
-        found, chosen = one_seed(seed, sets, made, settings.bank_sizes)
+    for number, (seed, learnt) in enumerate(zip(settings.seeds, fitted, strict=True), 1):
+        found = learnt.scores([test.features for test in tests])
         rows += records(seed, found, kind)
-        facts["chosen"].append(chosen)
-        scores = {name: [values.double().numpy() for values in test] for name, test in found.items()}
+        facts["chosen"].append({"seed": seed, "id_accuracy": learnt.accuracy(tests[0]), **learnt.chosen})
+        scores = {method: [values.double().numpy() for values in test] for method, test in found.items()}
         pairs.append({ood: {m: (s[0], s[1 + place]) for m, s in scores.items()} for place, ood in enumerate(OODS)})
-        write_result(name, config, settings.seeds[: number + 1], rows, facts, **where)
-    write_result(name, config, settings.seeds, rows, facts | {"paired": paired_rows(pairs)}, **where)
+        result = write_result(name, config, settings.seeds[:number], rows, facts, folder=RESULTS, **where)
+    add_pairs(result, pairs)
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == name]) for name in OODS]
+        cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == ood]) for ood in OODS]
         print(method.ljust(28) + "".join(f"{mean:.2f} +- {deviation:.2f}".rjust(18) for mean, deviation in cells))
+    return rows
 
 
 if __name__ == "__main__":

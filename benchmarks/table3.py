@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     rows = [row for row in made["rows"] if row["guidance_weight"] == 2]
     config = table2.settings(options)
     facts = {**data_facts(config, options.folder(options.seeds[0])), "published": table2.PAPER, "from": made["command"]}
-    write_result(options.name, as_dict(config), options.seeds, rows, wall_s=made["wall_s"], facts=facts, folder=options.results)
+    where = {"folder": options.results, "device": config.device, "data_root": options.data}
+    write_result(options.name, as_dict(config), options.seeds, rows, wall_s=made["wall_s"], facts=facts, **where)
     return rows
 
 

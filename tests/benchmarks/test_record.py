@@ -83,14 +83,14 @@ def test_the_demo_goes_on_counting_seconds_where_its_runs_are_there(tmp_path, mo
 
     def keep(*arguments, spent_s, **more):
         spent.append(spent_s)
-        return write_result(*arguments, spent_s=spent_s, wall_s=7.0, folder=tmp_path, **more)
+        return write_result(*arguments, spent_s=spent_s, wall_s=7.0, **more)
 
     for name, fake in {
         "ROOT": tmp_path,
-        "RESULTS": tmp_path,
         "run": run,
         "label_quality": lambda _: {},
         "read_scores": lambda *_: {},
+        "add_pairs": lambda *_: None,
         "data_facts": lambda *_: FACTS,
         "write_result": keep,
     }.items():
@@ -102,4 +102,4 @@ def test_the_demo_goes_on_counting_seconds_where_its_runs_are_there(tmp_path, mo
     (tmp_path / "runs").rename(tmp_path / "gone")
     demo.main()
     assert spent == [0.0, 7.0, 0.0]
-    assert read_json(tmp_path / "demo-given.json")["note"] == "said"
+    assert read_json(tmp_path / "benchmarks" / "results" / "demo-given.json")["note"] == "said"

@@ -3,74 +3,164 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from benchmarks import experiment, fig3, readme, table1, table2
-from benchmarks.experiment import read_options, with_present_sets
+from benchmarks import (
+    demo,
+    experiment,
+    features_cache,
+    fig2,
+    fig3,
+    paired,
+    readme,
+    real_vit_tiny,
+    table1,
+    table1_openood,
+    table2,
+    table3,
+    table4,
+)
+from benchmarks.experiment import configuration, read_options, with_present_sets
 from benchmarks.record import summary
-from sdood_plugin.artifacts import read_json
-from sdood_plugin.config import ImagesConfig, OODConfig, RunConfig
+from sdood_plugin import run as running
+from sdood_plugin.artifacts import file_hash, read_csv, read_json, value_hash, write_tensors, write_text
+from sdood_plugin.config import CompareConfig, ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
+from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.scoring.storage import load_score
+
+from ..test_run import tiny_config
 
 SCRIPTS = ("table1", "table1_openood", "table2", "table3", "table4", "fig2", "fig3")
-FEW = "--data.train.limit 120 --data.test.limit 30 --outliers.sources 40 --compare.methods [distance,multi-class]".split()
+FEW = """--data.train.limit 120 --data.test.limit 30 --data.heldout_fraction 0.25 --outliers.sources 40
+--compare.methods [distance,multi-class]""".split()
+SHARED = ["--size", "tiny", *FEW, "--start-from", "table1-tiny"]  # table1's run folder, where its test has run before
+SAYS = "command config_sha256 device versions seeds wall_s data absent published paired summary".split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tables")
+    (root / "configs").symlink_to(Path(__file__).parents[2] / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "ROOT", root)
+        patch.setattr(demo, "ROOT", root)
+        yield root / "runs" / "benchmarks"
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "ROOT", tmp_path)
-    (tmp_path / "configs").symlink_to(Path(__file__).parents[2] / "configs")
-    return tmp_path / "runs" / "benchmarks"
+def reads(monkeypatch):
+    """(what was read, whether every score was fixed by then) for each look at test images."""
+    seen, checking = [], False
+    check = running.check_input
 
-
-def test_table1_writes_what_a_result_must_say_and_reads_test_images_after_the_score_is_fixed(place, monkeypatch):
-    seen = []
+    def checked(context, chosen):  # reads every image once, to refuse bad input before work; it decides nothing
+        nonlocal checking
+        checking = True
+        check(context, chosen)
+        checking = False
 
     def spy(name):
         whole = getattr(Context, name)
 
         def images(self):
-            fixed = (self.folder / "detector" / "score.json").exists() and (self.folder / "comparators").exists()
-            seen.append((name, fixed or checking))
+            stages = [self.folder / "stages" / f"{stage}.json" for stage in ("calibrate", "train-comparators")]
+            if not checking:
+                seen.append((name, all(stage.exists() for stage in stages)))
             return whole.fget(self) if isinstance(whole, property) else whole.func(self)
 
         monkeypatch.setattr(Context, name, property(images))
 
-    from sdood_plugin import run as running
-
-    check, checking = running.check_input, False
-
-    def checked(context):  # reads every image once, to refuse bad input before work; it decides nothing
-        nonlocal checking
-        checking = True
-        check(context)
-        checking = False
-
     monkeypatch.setattr(running, "check_input", checked)
     spy("ood")
     spy("test")
+    return seen
+
+
+def test_table1_writes_what_a_result_must_say_and_reads_test_images_after_the_score_is_fixed(place, reads):
     rows = table1.main(["--size", "tiny", *FEW])
     result = read_json(place / "table1-tiny.json")
-    for name in (
-        "command",
-        "config_sha256",
-        "device",
-        "versions",
-        "seeds",
-        "wall_s",
-        "data",
-        "absent",
-        "published",
-        "paired",
-        "summary",
-    ):
-        assert name in result
+    assert not set(SAYS) - result.keys()
     assert result["rows"] == rows and {row["method"] for row in rows} >= {"sdood", "distance", "multi-class"}
     assert {row["method"] for row in result["paired"]} == {"distance", "multi-class", "multi-class-cosine"}
-    assert seen and all(late for _, late in seen)
+    assert reads and all(late for _, late in reads)
+
+
+def test_rows_are_written_before_the_paired_differences(place, monkeypatch):
+    def cut_off(*_args, **_settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(paired, "paired_rows", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        table1.main([*SHARED, "--suffix=-cut"])
+    assert {row["method"] for row in read_json(place / "table1-tiny-cut.json")["rows"]} >= {"sdood", "distance"}
+
+
+def test_scores_of_a_seed_are_found_where_an_earlier_slot_kept_them(place):
+    options = read_options("table9", "", ["--size", "gpu"])
+    assert options.scored(0) == experiment.RESULTS / "handover" / "table9-gpu-0"
+    options.folder(0).mkdir(parents=True)
+    assert options.scored(0) == options.folder(0)
+
+
+def test_the_labelled_table_1_holds_its_methods_and_reads_test_images_after_the_score_is_fixed(place, reads):
+    rows = table1_openood.main(["--size", "tiny", *FEW[:-1], "[distance,msp]"])
+    result = read_json(place / "table1_openood-tiny.json")
+    assert not set(SAYS) - result.keys()
+    assert result["rows"] == rows and {row["method"] for row in rows} >= {"sdood", "distance", "msp"}
+    assert {row["method"] for row in result["paired"]} == {"distance", "msp"}
+    assert reads and all(late for _, late in reads)
+
+
+def test_the_demo_table_holds_every_comparator_and_reads_test_images_after_the_score_is_fixed(place, reads):
+    config = place.parent / "tiny.yml"
+    write_text(config, yaml.safe_dump(as_dict(tiny_config(compare=CompareConfig(fake_it_steps=2)))))
+    rows = demo.main(["--labels", "hidden", "--seeds", "0", "--config", str(config)])
+    result = read_json(place.parents[1] / "benchmarks" / "results" / "demo-hidden.json")
+    assert result["rows"] == rows and {row["method"] for row in rows} >= {"sdood", *CompareConfig().methods}
+    assert {row["method"] for row in result["paired"]} >= set(CompareConfig().methods)
+    assert reads and all(late for _, late in reads)
+
+
+def test_frozen_features_of_test_images_are_read_after_every_seed_is_fitted(tmp_path, monkeypatch):
+    generator, counts = torch.Generator().manual_seed(0), {"cifar10_train": 200}
+    weights = tmp_path / "weights.safetensors"
+    write_text(weights, "of no network: every feature is there")
+    for name, imglist in features_cache.LISTS.items():
+        count = counts.get(name, 30)
+        lines = [f"{row}.png {row % 10}" for row in range(count)]
+        write_text(tmp_path / "data" / "benchmark_imglist" / "cifar10" / imglist, "\n".join(lines))
+        tensors = {"features": torch.randn(count, 16, generator=generator), "labels": torch.arange(count) % 10}
+        origin = {"imglist": imglist, "backbone": features_cache.BACKBONE, "images": str(count), "lines": value_hash(lines)}
+        write_tensors(tmp_path / "cache" / f"{name}.safetensors", tensors, origin | {"weights": file_hash(weights)})
+    events = []
+
+    def noted(module, function, event):
+        whole = getattr(module, function)
+
+        def noting(*args, **settings):
+            events.append(event(*args))
+            return whole(*args, **settings)
+
+        monkeypatch.setattr(module, function, noting)
+
+    noted(features_cache, "read_tensors", lambda file: file.stem)
+    noted(real_vit_tiny, "fit_score", lambda *_: "fit")
+    noted(real_vit_tiny, "train_heads", lambda *_: "train")
+    monkeypatch.setattr(real_vit_tiny, "RESULTS", tmp_path)
+    given = [str(tmp_path / "data"), "--weights", str(weights), "--cache", str(tmp_path / "cache")]
+    rows = real_vit_tiny.main([*given, "--seeds", "0", "1", "--bank-sizes", "20"])
+    tests = [number for number, event in enumerate(events) if event in ("cifar10_test", *real_vit_tiny.OODS)]
+    assert len(tests) == 3 and events[: tests[0]].count("fit") == 4 and not {"fit", "train"} & set(events[tests[0] :])
+    result = read_json(tmp_path / "real_vit_tiny.json")
+    assert result["rows"] == rows and [one["seed"] for one in result["chosen"]] == [0, 1]
+    assert {row["n_runs"] for row in result["paired"]} == {2}
 
 
 def test_a_grid_that_was_cut_off_does_the_cells_that_are_missing(place, monkeypatch):
@@ -92,15 +182,68 @@ def test_a_grid_that_was_cut_off_does_the_cells_that_are_missing(place, monkeypa
     rows = read_json(place / "table2-tiny.json")["rows"]
     assert {row["guidance_weight"] for row in rows} == {2.0, 3.0}
     assert len({(row["guidance_weight"], row["method"], row["ood"]) for row in rows}) == len(rows)
+    third = table3.main(["--size", "tiny", *FEW])
+    assert len(done) == 5  # of cells that are there
+    assert third == [row for row in rows if row["guidance_weight"] == 2] == read_json(place / "table3-tiny.json")["rows"]
+    assert {row["method"] for row in third} == set(table2.METHODS)
 
 
-def test_a_figure_is_drawn_from_its_result_alone(place):
-    fig3.main(["--size", "tiny", *FEW])
-    figure = place.parent / "figures" / "fig3-tiny.png"
+def test_table4_chooses_on_one_half_of_the_heldout_sources_and_tests_on_the_other(place, reads, monkeypatch):
+    chosen_on, detectors = [], []
+    whole = table4.detector_chosen_on
+
+    def noted(images, context):
+        assert not reads
+        chosen_on.append(images)
+        detectors.append(whole(images, context))
+        return detectors[-1]
+
+    monkeypatch.setattr(table4, "detector_chosen_on", noted)
+    rows = table4.main(SHARED)
+    assert reads and all(late for _, late in reads)
+    options = read_options("table4", "", SHARED)
+    context = Context(configuration(options, table4.SIZES), options.folder(0))
+    for name in table4.SETS:
+        made = OutlierSet(context.folder / name)
+        source = {row["file"]: int(row["source_index"]) for row in made.manifest}
+        tested = [source[row["path"]] for row in read_csv(context.folder / "table4" / f"scores-{name}.csv")]
+        assert tested and context.heldout[tested].all() and not chosen_on[0][tested].any()
+        assert {row["n_ood"] for row in rows if row["ood"] == name} == {len(tested)}
+    outliers = OutlierSet(context.folder / "outliers").sources
+    assert detectors[0].fitted.calibration.heldout == [int(chosen_on[0].sum()), int(chosen_on[0][outliers].sum())]
+    again = whole(context.heldout, context).fitted.calibration  # all of them: what the run itself chose
+    run_own = load_score(context.folder / "detector").calibration
+    assert again.alpha == run_own.alpha and again.distance_scale == pytest.approx(run_own.distance_scale, rel=1e-4)
+    assert {row["method"] for row in rows} >= {"sdood", "distance", "multi-class", "msp", "energy", "knn", "mahalanobis", "vim"}
+
+
+def test_the_halves_of_the_heldout_sources_are_apart_and_whole():
+    heldout = torch.tensor([1, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
+    chosen, tested = table4.halves(heldout, torch.tensor([6, 4, 2, 2, 0, 5, 1]))
+    assert tested.nonzero()[:, 0].tolist() == [2, 6] and chosen.nonzero()[:, 0].tolist() == [0, 3, 4]  # 3 has no outlier
+
+
+def test_a_table4_that_goes_on_pairs_the_seeds_of_earlier_calls_too(place):
+    table4.main(SHARED)
+    table4.main([*SHARED, "--seeds", "1"])
+    result = read_json(place / "table4-tiny.json")
+    assert result["seeds"] == [0, 1] and {row["n_runs"] for row in result["paired"]} == {2}
+    assert {row["ood"] for row in result["paired"]} == set(table4.SETS)
+    means = {(row["method"], row["ood"]): row["auroc"] for row in result["summary"]}
+    for row in result["paired"]:
+        gap = means["sdood", row["ood"]] - means[row["method"], row["ood"]]
+        assert row["difference"] == pytest.approx(gap, abs=1e-3)
+
+
+@pytest.mark.parametrize("script", [fig2, fig3])
+def test_a_figure_is_drawn_from_its_result_alone(place, script):
+    name = script.__name__.removeprefix("benchmarks.")
+    script.main(SHARED)
+    figure = place.parent / "figures" / f"{name}-tiny.png"
     figure.unlink()
-    for folder in place.glob("fig3-tiny-*"):
-        folder.rename(place / "gone")
-    fig3.draw(read_json(place / "fig3-tiny.json"), read_options("fig3", "", ["--size", "tiny"]))
+    for folder in place.glob(f"{name}-tiny-*"):
+        shutil.rmtree(folder)
+    script.draw(read_json(place / f"{name}-tiny.json"), read_options(name, "", ["--size", "tiny"]))
     assert figure.exists()
 
 
