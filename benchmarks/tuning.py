@@ -21,14 +21,13 @@ from sdood_plugin.config import CompareConfig, RunConfig, as_dict
 from sdood_plugin.run import run
 
 ROOT = Path(__file__).parent.parent
-RATES = [2e-3, 6e-4, 2e-4, 6e-5]
 TRIALS: list[tuple[str, str, list[Any]]] = [  # method, setting, values
-    ("multi-class", "multi_class_lr", RATES),
+    ("multi-class", "multi_class_lr", [2e-3, 6e-4, 2e-4, 6e-5]),
     ("mscl", "mscl_lr", [1e-2, 1e-3, 1e-4, 1e-5]),
     ("mscl", "mscl_angular", [0.0, 1.0]),
-    ("fake-it", "fake_it_lr", RATES),
+    ("fake-it", "fake_it_lr", [2e-3, 6e-4, 2e-4, 6e-5, 2e-5]),
+    ("fake-it", "fake_it_steps", [90, 175, 350, 700]),
     ("fake-it", "fake_it_frozen_blocks", [0, 1]),
-    ("fake-it", "fake_it_steps", [175, 350, 700]),
 ]
 
 
