@@ -210,6 +210,22 @@ def value_hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What of `new` differs from `old`, both what something is made of, in words."""
+    found = []
+    for name, after in new.items():
+        before = old.get(name)
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [
+                f"{name}.{k} changed from {before.get(k)} to {after.get(k)}" for k in after if before.get(k) != after.get(k)
+            ]
+        else:
+            found.append(f"{name} changed" + (f" from {before} to {after}" if isinstance(after, (int, float)) else ""))
+    return "; ".join(found)
+
+
 def tensor_hash(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's shape, type and values."""
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -199,8 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from here", 130)
-    except UnicodeError as error:
+    except UnicodeDecodeError as error:
         return _fail(f"{error}; configurations are UTF-8 text", 2)
+    except UnicodeEncodeError as error:
+        return _fail(f"text {error.object[error.start : error.end]!r}: {error.reason}; rename the file or folder", 2)
     except OSError as error:
         return _fail(f"{error.filename or 'file'}: {error.strerror or error}; check the disk and the path", 1)
 
@@ -272,7 +274,9 @@ def _on_folders(command: str, chosen: Namespace) -> str:
     if command == "select":
         from .outliers.subset import select_set
 
-        config = SelectionConfig(chosen.keep.split(","), chosen.flip_confidence, chosen.duplicate_distance)
+        config = SelectionConfig(
+            [kind.strip() for kind in chosen.keep.split(",")], chosen.flip_confidence, chosen.duplicate_distance
+        )
         return select_set(Path(chosen.FOLDER), Path(chosen.DEST), config)
     if command == "export-outliers":
         from .outliers.export import export_set

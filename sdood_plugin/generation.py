@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,19 +15,35 @@ from .context import Context
 from .data.images import spread
 from .detector.network import load_network
 from .diffusion.unet import load_unet
+from .errors import RunError
 from .features import evaluating, extract
 from .outliers.blocks import in_blocks
+from .outliers.dataset import OutlierSet
 from .outliers.generate import generate as make
 from .outliers.generate import sample_jobs
+from .outliers.merge import check_shards
 from .outliers.recipe import Recipe
 from .outliers.storage import remove_set
 from .outliers.verdicts import Judge
 from .training import place, unet_format
 
+log = logging.getLogger(__name__)
+
 
 def generate(run: Context, folder: Path, key: str) -> None:
     """outliers/ and, if wanted, controls/, made of all training images, held-out ones included."""
     make_sets(run, run.folder)
+
+
+def whole(run: Context) -> bool:
+    """Whether every file of the sets is the one that was made; says which is not."""
+    try:
+        for name in recipes(run):
+            OutlierSet(run.folder / name).verify()
+    except RunError as error:
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def make_sets(run: Context, into: Path, *, shard: tuple[int, int] | None = None, shards: Sequence[Path] = ()) -> None:
@@ -39,6 +56,9 @@ def make_sets(run: Context, into: Path, *, shard: tuple[int, int] | None = None,
         shards: Folders written by all n shards, to be put together.
     """
     unet, judge, found = load_sampler(run), load_judge(run), recipes(run)
+    if run.is_main and shards:
+        for name, recipe in found.items():  # all of them before a set is touched
+            check_shards([other / name for other in shards], recipe)
     if "controls" not in found and run.is_main:
         remove_set(into / "controls")
     for name, recipe in found.items():

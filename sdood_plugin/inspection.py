@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .errors import UsageError
 from .generation import load_judge
 
 TRIPLETS = 16
+log = logging.getLogger(__name__)
 
 
 def inspect(run: Context, folder: Path, key: str) -> None:
@@ -52,26 +54,31 @@ def inspect_folder(config: RunConfig, made: Path, out: Path) -> Path:
         out: A new folder, or one an earlier call wrote.
 
     Raises:
-        UsageError: `out` holds something else or lies in the set.
+        UsageError: `out` holds something else, a run among it, or lies in the set.
         RunError: The set is broken or was made of other images.
     """
     from .outliers.dataset import OutlierSet
     from .outliers.fidelity import load_features
-    from .outliers.inspect import report_set
+    from .outliers.inspect import check_sources, report_set
     from .report.page import write_quality_page
 
     if out.resolve().is_relative_to(made.resolve()):
         raise UsageError("--out", out, "a folder outside the outlier set", "choose another folder")
+    if (out / "run.json").exists():
+        raise UsageError("--out", out, "another folder than a run's, which has its own report", "choose a new folder")
     if out.exists() and any(out.iterdir()) and not (out / "inspection" / "grids.json").exists():
         raise UsageError("--out", out, "a new folder, an empty one, or an earlier inspection", "choose another folder")
     chosen, folder = OutlierSet(made), out / "inspection"
     if config.inspection.features != "reference":
         run = Context(config, out)
+        check_sources(chosen, run.train)  # before features are loaded
         features = load_features(config.inspection, run.accelerator.device)
         write_json(
             folder / "quality.json",
             {made.resolve().name: report_set(chosen, run.train, features, config.selection, config.inspection)},
         )
+    else:
+        log.info("grids alone: `inspection.features: reference` needs the run; for the quality give --inspection.features pixels")
     _write_grids(folder, chosen)
     return write_quality_page(out)
 

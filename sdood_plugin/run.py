@@ -16,7 +16,7 @@ import yaml
 
 from . import stages
 from ._version import __version__
-from .artifacts import file_hash, only_process, provenance, read_json, value_hash, write_json, write_text
+from .artifacts import changes, file_hash, only_process, provenance, read_json, value_hash, write_json, write_text
 from .backbones import HUB
 from .clustering.labels import given_labels
 from .config import RunConfig, as_dict
@@ -52,7 +52,7 @@ def run(config: RunConfig, folder: Path, only: str | None = None) -> dict[str, s
         if context.is_main:
             _describe(config, folder)
         context.accelerator.wait_for_everyone()
-        outcome = {stage.name: _run_stage(stage, context) for stage in chosen}
+        outcome = {stage.name: _run_stage(stage, context, asked=stage.name == only) for stage in chosen}
         if context.is_main:
             _write_metrics(context)
             if only is None and config.report:
@@ -204,7 +204,7 @@ def _record_path(folder: Path, name: str) -> Path:
     return folder / "stages" / f"{name}.json"
 
 
-def _run_stage(stage: Stage, context: Context) -> str:
+def _run_stage(stage: Stage, context: Context, *, asked: bool) -> str:
     parts = _key_parts(stage, context)
     key = value_hash(parts)
     record_path = _record_path(context.folder, stage.name)
@@ -213,11 +213,12 @@ def _run_stage(stage: Stage, context: Context) -> str:
     if stage.name == "generate" and not context.config.outliers.controls:
         outputs = outputs[:1]
     context.accelerator.wait_for_everyone()  # every process has read the record before one may remove it
-    if record is not None and record["key"] == key and not _lost(record, context.folder):
+    done = record is not None and record["key"] == key and not _lost(record, context.folder)
+    if done and (not asked or stage.whole(context)):
         log.info("%s: done, skipped", stage.name)
         return "done"
     if record is not None:
-        log.info("%s: runs again: %s", stage.name, _why(record["parts"], parts))
+        log.info("%s: runs again: %s", stage.name, changes(record["parts"], parts) or "files of it are gone or were changed")
     else:
         log.info("%s", stage.name)
     folder = context.folder / stage.folder
@@ -282,22 +283,6 @@ def _clear(stage: Stage, context: Context, key: str) -> None:
         else:
             path.unlink(missing_ok=True)
     write_text(marker, key)
-
-
-def _why(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Which part of a stage's key changed, in words."""
-    reasons = []
-    for name in new:
-        before, after = old.get(name), new[name]
-        if before == after:
-            continue
-        if isinstance(before, dict) and isinstance(after, dict):
-            reasons += [
-                f"{name}.{k} changed from {before.get(k)} to {after.get(k)}" for k in after if before.get(k) != after.get(k)
-            ]
-        else:
-            reasons.append(f"{name} changed" + (f" from {before} to {after}" if isinstance(after, (int, float)) else ""))
-    return "; ".join(reasons) or "its files are gone"
 
 
 def _write_metrics(context: Context) -> None:

@@ -26,6 +26,7 @@ class Stage:
         sees_tests: Whether it reads the test images.
         keeps: Whether it decides itself what of an earlier configuration's files can stay.
         wanted: Whether a configuration has any use of it.
+        whole: Whether its files are what they were when it was done; looked at where the stage is the one that is asked for.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     sees_tests: bool = False
     keeps: bool = False
     wanted: Callable[[RunConfig], bool] = lambda _config: True
+    whole: Callable[[Context], bool] = lambda _run: True
 
     def needed(self, config: RunConfig) -> list[Stage]:
         """The stages it reads artefacts of under a configuration."""
@@ -72,6 +74,7 @@ STAGES = (
         generation.generate,
         ("outliers", "controls"),
         keeps=True,
+        whole=generation.whole,
     ),
     Stage(
         "inspect",

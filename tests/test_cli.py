@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,13 @@ def test_failures_while_working_are_exit_code_1(pictures, tmp_path, capsys):
     assert main(["run", "--images", str(pictures), "--out", str(tmp_path / "out"), *TINY]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "07.png" in error and "remove or replace" in error
+
+
+def test_a_name_that_is_no_utf8_is_told(pictures, tmp_path, capsys):
+    (pictures / "07.png").rename(os.fsdecode(os.fsencode(pictures) + b"/b\xe4r.png"))
+    assert main(["run", "--images", str(pictures), "--out", str(tmp_path / "out"), *TINY]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "a name in UTF-8; rename the file" in error and "configuration" not in error
 
 
 def test_no_write_permission_is_named(pictures, tmp_path, capsys):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sdood_plugin.cli import main
 from sdood_plugin.config import OutliersConfig, as_dict
+from sdood_plugin.errors import RunError
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.run import run
 
@@ -64,7 +65,7 @@ def test_shards_merge_to_the_set_of_one_call(folder, tmp_path, capsys):
     capsys.readouterr()
     assert main(["generate", "--out", str(folder)]) == 0  # nothing is left to do
     assert main(["export-outliers", str(folder / "outliers"), "--to", str(tmp_path / "set.npz")]) == 0
-    assert "20 outliers" in capsys.readouterr().out
+    assert "20 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,29 @@ def test_another_reference_network_makes_no_image_again(folder):
     assert {file: file.stat().st_mtime_ns for file in images} == images
     assert [row["file"] for row in after] == [row["file"] for row in before]
     assert all(a["reference"] != b["reference"] for a, b in zip(after, before, strict=True))
+
+
+def test_generate_mends_a_finished_set_and_keeps_what_is_whole(folder, capsys):
+    assert main(["generate", "--out", str(folder)]) == 0
+    before, images = artefacts(folder), sorted((folder / "outliers" / "images").rglob("*.png"))
+    first, second, last = images[0], images[1], OutlierSet(folder / "outliers").manifest[-1]["file"]
+    time = (folder / "outliers" / last).stat().st_mtime_ns
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(RunError, match="generate the set again"):
+        OutlierSet(folder / "outliers").verify()
+    assert main(["generate", "--out", str(folder)]) == 0
+    assert artefacts(folder) == before and (folder / "outliers" / last).stat().st_mtime_ns == time
+
+
+def test_a_merge_that_must_fail_touches_no_set(folder, capsys):
+    assert main(["generate", "--out", str(folder)]) == 0
+    before, settings = artefacts(folder), ["--outliers.sampler", "ddim"]
+    assert main(["generate", "--out", str(folder), "--shard", "1/1", *settings]) == 0
+    shutil.rmtree(folder / "shards" / "1-of-1" / "outliers")  # as a kill between controls and outliers leaves it
+    assert main(["generate", "--out", str(folder), "--merge", *settings]) == 1
+    assert "one that was not begun" in capsys.readouterr().err
+    shutil.rmtree(folder / "shards")
+    assert artefacts(folder) == before
 
 
 def test_controls_that_are_not_wanted_any_more_go(folder):

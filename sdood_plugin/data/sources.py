@@ -72,6 +72,9 @@ def _from_folder(folder: Path, limit: int | None, size: int | None) -> ImageSet:
     labelled = all(parents) and len(classes) > 1
     labels = [classes.index(parent[0]) for parent in parents] if labelled else None
     names = [file.relative_to(folder).as_posix() for file in files]
+    unreadable = next((name for name in names if name != name.encode(errors="ignore").decode()), None)
+    if unreadable is not None:
+        raise RunError(f"image in {folder}", f"the name {unreadable!a}", "a name in UTF-8", "rename the file")
     return _decode(files, names, labels, classes if labelled else [], limit, size)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +19,19 @@ from ..artifacts import file_hash, read_json
 from ..errors import RunError, UsageError
 from .files import check_name, checked_file, decode
 from .manifest import Manifest, open_manifest
+from .storage import LISTS, PARTS, STATE
 
 _CHUNK = 256  # files a thread reads at once
+_META = {  # what others rely on
+    "key": str,
+    "count": int,
+    "manifest_sha256": str,
+    "image_size": int,
+    "classes": int,
+    "sources_sha256": str,
+    "labels_sha256": str,
+}
+_COLUMNS = ("file", "sha256", "source_label", "source_index", "guidance_weight", "start_fraction")
 
 
 class Tensors(NamedTuple):
@@ -60,8 +73,22 @@ def read_images(folder: Path, files: Sequence[str], hashes: Sequence[str] | None
     return torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous()
 
 
-def _odd_size(path: Path) -> RunError:
-    return RunError(f"image {path}", "another size than the first image", "one size", "generate the outlier set again")
+def _odd_size(path: Path, expected: str = "that of the first image") -> RunError:
+    return RunError(f"image {path}", "another size", expected, "generate the outlier set again")
+
+
+def _check(path: Path, name: str, column: Sequence[str], holds: Callable[[str], bool], expected: str) -> None:
+    """Make sure that every value of a manifest's column is what it must be."""
+    odd = next((row for row, value in enumerate(column, 1) if not holds(value)), None)
+    if odd is not None:
+        raise RunError(f"{name} in row {odd} of {path}", repr(column[odd - 1]), expected, "generate it again")
+
+
+def _is_finite(value: str) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 class OutlierSet(Dataset):
@@ -81,7 +108,7 @@ class OutlierSet(Dataset):
         sources: int64 (N,), index of the source image.
 
     Raises:
-        RunError: The folder is no finished outlier set, or its lists were changed.
+        RunError: The folder is no finished outlier set, or its lists were changed or say what cannot be.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -93,16 +120,26 @@ class OutlierSet(Dataset):
         self.meta: dict[str, Any] = read_json(meta)
         if not isinstance(self.meta, dict):
             raise RunError(f"file {meta}", type(self.meta).__name__, "an object", "copy the whole folder again")
+        again = "copy the whole folder again, or generate it again"
+        for name, kind in _META.items():
+            if not isinstance(self.meta.get(name), kind):
+                raise RunError(f"`{name}` in {meta}", repr(self.meta.get(name)), f"a value of type {kind.__name__}", again)
         path = self.folder / "manifest.csv"
         self.manifest: Manifest
-        self.manifest, (files, hashes, labels, sources) = open_manifest(path, ("file", "sha256", "source_label", "source_index"))
+        self.manifest, (files, hashes, labels, sources, *numbers) = open_manifest(path, _COLUMNS)
         for file in files:
             check_name(file, self.folder)
-        again = "copy the whole folder again, or generate it again"
         if len(files) != self.meta.get("count"):
             raise RunError(f"manifest {path}", f"{len(files)} rows", f"{self.meta.get('count')} as in meta.json", again)
         if file_hash(path) != self.meta.get("manifest_sha256"):
             raise RunError(f"manifest {path}", "other bytes than when it was made", "its SHA-256 as in meta.json", again)
+        if len(set(files)) != len(files):
+            raise RunError(f"manifest {path}", "a file twice", "each file once", again)
+        _check(path, "sha256", hashes, lambda value: bool(re.fullmatch("[0-9a-f]{64}", value)), "64 hex digits")
+        for name, column in (("source_label", labels), ("source_index", sources)):
+            _check(path, name, column, lambda value: bool(re.fullmatch("[0-9]{1,18}", value)), "integers from 0 on")
+        for name, column in zip(_COLUMNS[4:], numbers, strict=True):
+            _check(path, name, column, _is_finite, "finite numbers")
         self._files, self._hashes = np.array(files, dtype=bytes), np.array(hashes, dtype=bytes)
         self.labels = torch.tensor([int(value) for value in labels], dtype=torch.int64)
         self.sources = torch.tensor([int(value) for value in sources], dtype=torch.int64)
@@ -133,7 +170,10 @@ class OutlierSet(Dataset):
         for number in dict.fromkeys(which.tolist()):  # the folders of a joined set
             mine = which == number
             files, hashes = ([value.decode() for value in column[chosen[mine]]] for column in (self._files, self._hashes))
-            parts.append((mine, read_images(self.manifest.paths[number].parent, files, hashes)))
+            folder, side = self.manifest.paths[number].parent, self.meta["image_size"]
+            parts.append((mine, read_images(folder, files, hashes)))
+            if parts[-1][1].shape[2:] != (side, side):
+                raise _odd_size(folder / files[0], f"{side} x {side} as in meta.json")
         if len(parts) <= 1:
             return parts[0][1] if parts else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
         made = torch.empty(len(chosen), *parts[0][1].shape[1:], dtype=torch.uint8)
@@ -201,16 +241,16 @@ class OutlierSet(Dataset):
             rows = range(len(self))
             folders = [path.parent for path in self.manifest.paths]
             for start in range(0, len(self), 1 << 14):  # a queue of a million would be a large one
-                list(pool.map(lambda row: self._check(folders[which[row]], row), rows[start : start + (1 << 14)]))
+                list(pool.map(lambda row: self._check_file(folders[which[row]], row), rows[start : start + (1 << 14)]))
         for folder in folders:
             _verify_lists(folder)
 
-    def _check(self, folder: Path, row: int) -> None:
+    def _check_file(self, folder: Path, row: int) -> None:
         checked_file(folder, self._files[row].decode(), self._hashes[row].decode())
 
 
 def _verify_lists(folder: Path) -> None:
-    """Whether a folder's imglist says what its manifest says, and its images are all in both."""
+    """Make sure that a folder's imglist says what its manifest says, and that it holds the files of both and nothing else."""
     _, (files, labels) = open_manifest(folder / "manifest.csv", ("file", "source_label"))
     expected = "".join(f"{file} {label}\n" for file, label in zip(files, labels, strict=True))
     try:
@@ -219,8 +259,11 @@ def _verify_lists(folder: Path) -> None:
         same = False
     if not same:
         raise RunError(f"imglist of {folder}", "other lines than the manifest's", "those of the manifest", "generate it again")
-    known = set(files)
-    found = (path.relative_to(folder).as_posix() for path in (folder / "images").rglob("*") if not path.is_dir())
-    added = next((name for name in found if name not in known), None)
-    if added is not None:
-        raise RunError(f"outlier set {folder}", f"a file {added}", "the files of the manifest alone", "remove it")
+    known = {*files, *LISTS, STATE, ".lock"}
+    found = [path for path in folder.iterdir() if path.name not in ("images", PARTS) or path.is_symlink()]
+    found += [path for path in (folder / "images").rglob("*") if path.is_symlink() or not path.is_dir()]
+    for path in found:
+        name = path.relative_to(folder).as_posix()
+        if name not in known or path.is_symlink():
+            what = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "a file"
+            raise RunError(f"outlier set {folder}", f"{what} {name}", "the files of the manifest alone", "remove it")

@@ -18,6 +18,7 @@ from .dataset import OutlierSet
 from .files import checked_file
 
 SAMPLES_A_TAR = 10_000
+_NOT_FOLDERS = (".tar", ".tgz", ".gz", ".zip", ".npy")
 _CHUNK = 4096  # images in memory at once
 
 
@@ -35,17 +36,21 @@ def export_set(folder: Path, dest: Path) -> str:
         What was written, in words.
 
     Raises:
-        UsageError: `dest` exists.
+        UsageError: `dest` exists, lies in the set, or is a file of another kind.
         RunError: The set is broken, or the disk is full.
     """
     if dest.exists():
         raise UsageError("--to", dest, "a path where nothing is", "choose another path; nothing was written")
+    if dest.resolve().is_relative_to(folder.resolve()):
+        raise UsageError("--to", dest, "a path outside the outlier set", "choose another path; nothing was written")
+    if dest.suffix in _NOT_FOLDERS:
+        raise UsageError("--to", dest, "x.npz, or a new folder for tar files", "give a name without that ending")
     made = OutlierSet(folder)
     if dest.suffix == ".npz":
         _write_arrays(made, dest)
-        return f"{len(made)} outliers in {dest}"
+        return f"{len(made)} images in {dest}"
     count = sum(1 for _ in _write_tars(made, dest))
-    return f"{len(made)} outliers in {count} tar files in {dest}"
+    return f"{len(made)} images in {count} tar files in {dest}"
 
 
 def _write_arrays(made: OutlierSet, path: Path) -> None:

@@ -19,11 +19,17 @@ def check_name(name: str, where: object) -> None:
     """Make sure that a file name of a list stays inside its folder.
 
     Raises:
-        RunError: It is empty, absolute, climbs out, or no portable path.
+        RunError: It is empty, absolute, climbs out, or no portable path of ASCII letters.
     """
     parts = name.split("/")
-    if not all(parts) or ".." in parts or "." in parts or any(bad in name for bad in ("\\", "\0", "\n", ":")):
-        raise RunError(f"file name in {where}", repr(name), "a path inside the folder", "do not use this outlier set")
+    if (
+        not name.isascii()
+        or not all(parts)
+        or ".." in parts
+        or "." in parts
+        or any(bad in name for bad in ("\\", "\0", "\n", ":"))
+    ):
+        raise RunError(f"file name in {where}", repr(name), "a path inside the folder, in ASCII", "do not use this outlier set")
 
 
 def read_file(folder: Path, name: str) -> bytes:

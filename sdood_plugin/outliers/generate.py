@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,10 +18,10 @@ from .blocks import identities
 from .card import write_card
 from .dataset import read_images
 from .manifest import COLUMNS, open_manifest, write_lists
-from .merge import adopt
+from .merge import adopt, check_shards
 from .recipe import Recipe
 from .sample import sample_batch
-from .storage import META, drop_lists, finished, only_writer, part_file, prepare, read_part, set_key
+from .storage import META, drop_lists, finished, made_on, note_devices, only_writer, part_file, prepare, read_part, set_key
 from .verdicts import Judge, Referee
 from .writer import BlockWriter
 
@@ -61,16 +62,19 @@ def generate(
     main = accelerator.is_main_process
     with only_writer(folder, main):
         if main:
+            found = check_shards(shards, recipe) if shards else []  # before anything of the folder is touched
             _open(folder, recipe)
             if shards:
-                adopt(folder, shards, recipe)
+                note_devices(folder, [device for shard_folder in shards for device in made_on(shard_folder)])
+                adopt(folder, found, recipe)
         accelerator.wait_for_everyone()
         first, step = (shard[0] - 1, shard[1]) if shard is not None else (0, 1)
         mine = range(first, len(recipe.blocks), step)[accelerator.process_index :: accelerator.num_processes]
         _make(recipe, unet, folder, mine, accelerator, judge, name)
         accelerator.wait_for_everyone()
         if main and shard is None:
-            write_lists(folder, _rows(folder, len(recipe.blocks)), COLUMNS, recipe.meta)
+            meta = {**recipe.meta, "made_on": made_on(folder)}
+            write_lists(folder, _rows(folder, len(recipe.blocks)), COLUMNS, meta)
             write_card(folder, recipe.sources.images, controls)
             finished(folder)
         accelerator.wait_for_everyone()
@@ -79,7 +83,7 @@ def generate(
 def _open(folder: Path, recipe: Recipe) -> None:
     """Prepare the folder; a finished set of this recipe is taken apart into blocks again, so that each can be checked."""
     again = set_key(folder / META) == recipe.key
-    prepare(folder, recipe.key)
+    prepare(folder, recipe.meta)
     if not again:
         return
     manifest = folder / "manifest.csv"
@@ -101,6 +105,8 @@ def _make(
             todo.append((number, rows is not None))
     if not todo:
         return
+    if accelerator.is_main_process:
+        note_devices(folder, [_described(accelerator.device)])
     referee = Referee(recipe.sources.images, judge, accelerator.device)
     total = sum(len(recipe.blocks[number].jobs) for number, _ in todo)
     with (
@@ -118,6 +124,13 @@ def _make(
             columns = {**recipe.columns(block), **{column: values[:count] for column, values in verdicts.items()}}
             writer.put(number, columns, made)
             bar.update(count)
+
+
+def _described(device: torch.device) -> dict[str, Any]:
+    """What of a device the last bits of an image may depend on."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    return {"device": device.type, "threads": torch.get_num_threads()}
 
 
 def sample_jobs(recipe: Recipe, unet: UNet2DModel, jobs: torch.Tensor, device: torch.device) -> torch.Tensor:

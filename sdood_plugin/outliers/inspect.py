@@ -22,17 +22,23 @@ def check_sources(made: OutlierSet, train: ImageSet) -> None:
     """Make sure that a set's sources are these images.
 
     Raises:
-        RunError: A source index or its name in the manifest is not that of the images.
+        RunError: Their size is another, a source index or its name in the manifest is not theirs, or their pixels are others.
     """
+    where, remedy = f"training images for {made.folder}", "give the images the set was made from, with the run's own --config"
+    size, side = made.meta["image_size"], train.images.shape[-1]
+    if size != side:
+        raise RunError(where, f"{side} px", f"{size} px, as in meta.json", remedy)
     for row in made.manifest:
         index = int(row["source_index"])
         if index >= len(train) or train.names[index] != row["source"]:
             raise RunError(
-                f"training images for {made.folder}",
+                where,
                 f"{train.names[index]!r} at position {index}" if index < len(train) else f"{len(train)} images",
                 f"{row['source']!r} at position {index}, as in the manifest",
-                "give the images the set was made from, with the run's own --config",
+                remedy,
             )
+    if train.fingerprint() != made.meta["sources_sha256"]:
+        raise RunError(where, "other pixels or names", "those of `sources_sha256` in meta.json", remedy)
 
 
 def report_set(

@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import logging
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..artifacts import disk_error, only_process, read_json, write_json
+from ..artifacts import changes, disk_error, only_process, read_json, write_json
 from ..errors import RunError, UsageError
 from .files import read_file
 from .manifest import COLUMNS
 
 STATE, META, PARTS = "in-progress.json", "meta.json", "parts"
-_OWN = {META, STATE}  # what marks a folder as ours
+LISTS = (META, "manifest.csv", "imglist.txt", "README.md", "examples.png")
+_REMOVED = "0" * 64  # the key of no recipe: a set that is being removed
+
+log = logging.getLogger(__name__)
 
 
 def require_ours(folder: Path) -> None:
@@ -26,11 +32,12 @@ def require_ours(folder: Path) -> None:
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UsageError(f"folder {folder}", "a link or a file", "a folder", "move it away; nothing was written")
-    present = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if any(not name.startswith(".") for name in present) and not present & _OWN:
+    own = {folder / ".lock", *_half_written(folder)}
+    strange = sorted(path.name for path in folder.iterdir() if path not in own) if folder.exists() else []
+    if strange and set_key(folder / META) is None and set_key(folder / STATE) is None:
         raise UsageError(
             f"folder {folder}",
-            f"{sorted(present)[0]} and no {META}",
+            f"{strange[0]} and no {META} of ours",
             "a new folder, an empty one or an outlier set",
             "choose another folder or move that away; nothing was written",
         )
@@ -51,32 +58,72 @@ def only_writer(folder: Path, is_main: bool = True) -> Iterator[None]:
         yield
 
 
-def prepare(folder: Path, key: str) -> None:
-    """Make the folder one in which the set of `key` is being made; images of another key are removed, its own are kept.
+def _half_written(folder: Path) -> list[Path]:
+    """Lists that a kill left half-written, by the names `atomic_path` gives them."""
+    return [path for name in (*LISTS, STATE) for path in folder.glob(f".{name}.*")]
+
+
+def prepare(folder: Path, meta: Mapping[str, Any], *, replace: bool = True) -> None:
+    """Make the folder one in which the set of `meta` is being made; images of another key are removed, its own are kept.
+
+    Args:
+        folder: The set; it is ours.
+        meta: What its meta.json will say, `key` among it.
+        replace: Whether a set of another key may be removed.
 
     Raises:
+        UsageError: There is a set of another key, which may not be removed.
         RunError: A folder in it is a symbolic link, or the disk refuses.
     """
     link = next((folder / name for name in ("images", PARTS) if (folder / name).is_symlink()), None)
     if link is not None:
         raise RunError(f"folder {link}", "a symbolic link", "a folder", "remove the link")
+    there = [read_json(path) for path in (folder / META, folder / STATE) if set_key(path) is not None]
+    same = next((found for found in there if found["key"] == meta["key"]), None)
+    if there and same is None and not replace:
+        raise UsageError(f"folder {folder}", "another outlier set", "a new or empty folder", "choose another folder")
     try:
-        for left in folder.glob(".*.*"):  # half-written lists of a kill
+        for left in _half_written(folder):
             left.unlink()
-        if key not in (set_key(folder / META), set_key(folder / STATE)):
-            write_json(folder / STATE, {"key": "removing another set"})  # a kill from here on leaves a folder that is ours
+        if same is None:
+            if there and meta["key"] != _REMOVED:
+                log.info("%s: another set is removed: %s", folder, _difference(there[0], meta))
+            write_json(folder / STATE, {"key": _REMOVED})  # a kill from here on leaves a folder that is ours
             for name in ("images", PARTS):
                 if (folder / name).exists():
                     shutil.rmtree(folder / name)
             drop_lists(folder)
-        write_json(folder / STATE, {"key": key})
+        write_json(folder / STATE, {**meta, "made_on": (same or meta).get("made_on", [])})
     except OSError as error:
         raise disk_error(folder, error) from error
 
 
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which parts of a recipe changed, in words."""
+    known = {name: value for name, value in new.items() if name in old and name not in ("key", "reference_sha256", "made_on")}
+    return changes(old, known) or "nothing is known of how it was made"
+
+
+def made_on(folder: Path) -> list[dict[str, Any]]:
+    """The devices that the images of a set in the making were made on so far."""
+    return read_json(folder / STATE).get("made_on", [])  # type: ignore[no-any-return]
+
+
+def note_devices(folder: Path, devices: Iterable[dict[str, Any]]) -> None:
+    """Add to what in-progress.json says of the devices, and say so where they are not all alike."""
+    known = made_on(folder)
+    found = [*known]
+    for device in devices:
+        if device not in found:
+            found.append(device)
+    if len(found) > max(1, len(known)):
+        log.warning("%s: made on %s: the last bits of its images may depend on which", folder, " and on ".join(map(str, found)))
+    write_json(folder / STATE, {**read_json(folder / STATE), "made_on": found})
+
+
 def drop_lists(folder: Path) -> None:
     """Remove what says that the set is finished."""
-    for name in (META, "manifest.csv", "imglist.txt", "README.md", "examples.png"):
+    for name in LISTS:
         (folder / name).unlink(missing_ok=True)
 
 
@@ -87,23 +134,29 @@ def finished(folder: Path) -> None:
 
 
 def remove_set(folder: Path) -> None:
-    """Remove an outlier set that is not wanted any more.
+    """Remove an outlier set that is not wanted any more, but nothing else that lies in its folder.
 
     Raises:
         UsageError: The folder holds something else.
     """
     if folder.exists():
         require_ours(folder)
-        prepare(folder, "")
-        shutil.rmtree(folder)
+        prepare(folder, {"key": _REMOVED})
+        for name in (STATE, ".lock"):
+            (folder / name).unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def set_key(path: Path) -> str | None:
-    """The key in a meta.json or in-progress.json; None where there is none."""
+    """The key in a meta.json or in-progress.json that we wrote; None where there is none."""
     try:
-        return read_json(path).get("key") if path.exists() else None
-    except (RunError, AttributeError):  # half a file, or no object
+        found = read_json(path)
+    except (RunError, OSError):  # absent, half a file, a folder
         return None
+    hashes = ("key", "manifest_sha256") if path.name == META else ("key",)
+    ours = isinstance(found, dict) and all(re.fullmatch("[0-9a-f]{64}", str(found.get(name))) for name in hashes)
+    return found["key"] if ours else None
 
 
 def part_file(folder: Path, number: int) -> Path:

@@ -14,7 +14,7 @@ from .dataset import OutlierSet
 from .files import checked_file
 from .manifest import write_lists
 from .select import Selection, choose, read_verdicts
-from .storage import META, finished, only_writer, prepare, set_key
+from .storage import finished, only_writer, prepare
 from .writer import make_folders, store
 
 _CARD = """# {count:,} of {total:,} outliers
@@ -51,8 +51,6 @@ def select_set(folder: Path, dest: Path, config: SelectionConfig) -> str:
     chosen = select(whole, config)
     settings = {**dataclasses.asdict(config), "of": {name: whole.meta[name] for name in ("key", "count", "manifest_sha256")}}
     key = value_hash(settings)
-    if set_key(dest / META) not in (None, key):
-        raise UsageError("DEST", dest, "a new or empty folder, not another set", "choose another folder")
     kept = whole.manifest.take(chosen.kept.nonzero()[:, 0].numpy())
     linked = 0
 
@@ -63,8 +61,8 @@ def select_set(folder: Path, dest: Path, config: SelectionConfig) -> str:
             yield list(row.values())
 
     with only_writer(dest):
-        prepare(dest, key)
         meta = {**whole.meta, "key": key, "selection": {**settings, "dropped": chosen.dropped}}
+        prepare(dest, meta, replace=False)
         write_lists(dest, rows(), kept.columns, meta)
         _write_card(folder, dest, len(kept), len(whole), config, chosen)
         finished(dest)
@@ -111,6 +109,6 @@ def _place(folder: Path, dest: Path, name: str, sha256: str) -> bool:
 def _write_card(folder: Path, dest: Path, count: int, total: int, config: SelectionConfig, chosen: Selection) -> None:
     card = folder / "README.md"
     head = _CARD.format(count=count, total=total, keep=" and ".join(config.keep), dropped=_words(chosen))
-    write_text(dest / "README.md", head + (card.read_text() if card.is_file() else ""))
+    write_text(dest / "README.md", head + (card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""))
     if (folder / "examples.png").is_file():
         store(dest, "examples.png", (folder / "examples.png").read_bytes())

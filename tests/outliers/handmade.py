@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from sdood_plugin.artifacts import value_hash
+from sdood_plugin.data.images import ImageSet
 from sdood_plugin.outliers.files import encode
 from sdood_plugin.outliers.manifest import COLUMNS, write_lists
 from sdood_plugin.outliers.writer import make_folders, store
 
 
-def write_set(folder: Path, images: torch.Tensor, **columns) -> Path:
-    """Write uint8 (N, 3, H, W) images as a set; columns not given are those of N copies of a source each of class 0."""
+def write_set(folder: Path, images: torch.Tensor, sources: ImageSet | None = None, **columns) -> Path:
+    """Write uint8 (N, 3, H, W) images as a set; columns not given are those of a copy each of N sources of class 0."""
     count = len(images)
     filled = {
         "source_index": list(range(count)),
@@ -36,5 +38,12 @@ def write_set(folder: Path, images: torch.Tensor, **columns) -> Path:
         store(folder, name, content)
     filled |= {"file": names, "sha256": [hashlib.sha256(content).hexdigest() for content in data]}
     rows = [[filled[name][row] if name in filled else "" for name in COLUMNS] for row in range(count)]
-    write_lists(folder, rows, COLUMNS, {"key": "made by hand", "classes": 3})
+    meta = {
+        "key": value_hash(filled),
+        "classes": 3,
+        "image_size": images.shape[-1],
+        "sources_sha256": "" if sources is None else sources.fingerprint(),
+        "labels_sha256": "",
+    }
+    write_lists(folder, rows, COLUMNS, meta)
     return folder

@@ -50,7 +50,7 @@ def write(folder, unet, recipe, accelerator, **options):
 def write_by_processes(folder, count, unet, recipe, accelerator, **options):
     """What `count` processes of one launch write."""
     folder.mkdir()
-    prepare(folder, recipe.key)  # which the main one does while the others wait
+    prepare(folder, recipe.meta)  # which the main one does while the others wait
     for index in reversed(range(count)):  # the main one last: it writes the lists
         write(folder, unet, recipe, Share(accelerator, index, count), **options)
     return contents(folder)

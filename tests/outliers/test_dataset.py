@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sdood_plugin.artifacts import file_hash, read_csv
+from sdood_plugin.artifacts import file_hash, read_csv, write_csv
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.outliers.blocks import file_name
 from sdood_plugin.outliers.dataset import OutlierSet
@@ -160,6 +160,56 @@ def test_changed_lists_are_refused_at_once(copy, what, message):
     with pytest.raises(RunError, match=message) as caught:
         OutlierSet(copy)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["key", "count", "image_size", "classes", "manifest_sha256", "sources_sha256", "labels_sha256"])
+def test_a_meta_without_what_others_rely_on_is_refused(copy, name):
+    meta = json.loads((copy / "meta.json").read_text())
+    for wrong in ({**meta, name: [1]}, {other: value for other, value in meta.items() if other != name}):
+        (copy / "meta.json").write_text(json.dumps(wrong))
+        with pytest.raises(RunError, match=f"`{name}` in"):
+            OutlierSet(copy)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("source_label", "abc0", "integers from 0 on"),
+        ("source_label", "9" * 30, "integers from 0 on"),
+        ("source_index", "-1", "integers from 0 on"),
+        ("start_fraction", "much", "finite numbers"),
+        ("guidance_weight", "nan", "finite numbers"),
+        ("sha256", "é" * 64, "64 hex digits"),
+        ("file", "images/bär.png", "inside the folder, in ASCII"),
+        ("file", file_name(0, 0), "a file twice"),
+    ],
+)
+def test_rows_that_say_what_cannot_be_are_refused_though_their_hashes_fit(copy, column, value, message):
+    rows = read_csv(copy / "manifest.csv")
+    rows[2][column] = value
+    write_csv(copy / "manifest.csv", list(rows[0]), [list(row.values()) for row in rows])
+    trusted(copy)
+    with pytest.raises(RunError, match=message) as caught:
+        OutlierSet(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["images/extra", "images/0000/extra.png", "extra", "payload.sh", "more/images.png"])
+def test_verify_refuses_links_and_strangers(copy, name):
+    (copy / name).parent.mkdir(exist_ok=True)
+    if "extra" in name:
+        (copy / name).symlink_to("/etc" if name != "images/0000/extra.png" else copy / file_name(0, 0))
+    else:
+        (copy / name).write_text("#!/bin/sh")
+    with pytest.raises(RunError, match=f"(a link|a file|a folder) {name.split('/i')[0]}"):
+        OutlierSet(copy).verify()
+
+
+def test_images_of_another_size_than_the_meta_says_are_refused(copy):
+    meta = json.loads((copy / "meta.json").read_text())
+    (copy / "meta.json").write_text(json.dumps({**meta, "image_size": 9}))
+    with pytest.raises(RunError, match="9 x 9 as in meta.json"):
+        _ = OutlierSet(copy).images
 
 
 @pytest.mark.parametrize("what", ["an image less", "half an image", "another image", "a link"])

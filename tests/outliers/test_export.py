@@ -32,7 +32,7 @@ def folder(tmp_path_factory, unet, tiny, pictures, accelerator):
 def test_arrays_hold_the_set_and_can_be_read_as_images(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_CHUNK", 5)
     made, path = OutlierSet(folder), tmp_path / "set.npz"
-    assert "12 outliers" in export_set(folder, path)
+    assert "12 images" in export_set(folder, path)
     with np.load(path, allow_pickle=False) as arrays:
         assert np.array_equal(arrays["images"], made.images.permute(0, 2, 3, 1).numpy())
         assert np.array_equal(arrays["labels"], made.labels.numpy()) and np.array_equal(arrays["sources"], made.sources.numpy())
@@ -66,6 +66,14 @@ def test_nothing_is_overwritten_and_a_damaged_set_is_not_passed_on(folder, tmp_p
         with pytest.raises(UsageError, match="nothing was written"):
             export_set(folder, taken)
         assert taken.read_text() == "mine"
+    before = sorted(folder.rglob("*"))
+    for dest, expected in (
+        (folder / "images" / "inside.npz", "outside the outlier set"),
+        (tmp_path / "x.tar", r"x\.npz, or a new"),
+    ):
+        with pytest.raises(UsageError, match=expected):
+            export_set(folder, dest)
+    assert sorted(folder.rglob("*")) == before and not (tmp_path / "x.tar").exists()
     shutil.copytree(folder, tmp_path / "set")
     first = tmp_path / "set" / file_name(0, 0)
     first.write_bytes((tmp_path / "set" / file_name(1, 0)).read_bytes())

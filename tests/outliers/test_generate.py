@@ -131,7 +131,7 @@ def test_processes_and_shards_come_to_the_same_bytes(tmp_path, unet, tiny, pictu
 
 @pytest.mark.parametrize("shard", [None, (2, 2)])
 def test_a_process_makes_its_share_and_no_other(tmp_path, unet, accelerator, recipe, shard):
-    prepare(tmp_path, recipe.key)
+    prepare(tmp_path, recipe.meta)
     made = write(tmp_path, unet, recipe, Share(accelerator, 1, 2), judge=judge, shard=shard)
     expected = [file_name(source, 0) for source in range(4, 8)] if shard is None else []  # three blocks of four
     assert [name for name in made if name.startswith("images/")] == expected
@@ -153,6 +153,25 @@ def test_a_merge_refuses_what_is_not_whole(tmp_path, unet, tiny, pictures, accel
     write(two, unet, recipe, accelerator, judge=judge, shard=(2, 2))  # the same command again mends it
     write(merged, idle, recipe, accelerator, judge=judge, shards=[one, two])
     OutlierSet(merged).verify()
+
+
+def test_a_merge_that_must_fail_leaves_the_set_that_is_there(tmp_path, unet, tiny, pictures, accelerator, recipe):
+    folder, shards = tmp_path / "set", [tmp_path / f"{i}-of-2" for i in (1, 2)]
+    before = write(folder, unet, a_recipe(pictures, tiny, unet_sha256="another"), accelerator)
+
+    def refused(message):
+        with pytest.raises(RunError, match=message):
+            write(folder, idle, recipe, accelerator, shards=shards)
+        assert contents(folder) == before
+
+    write(shards[0], unet, recipe, accelerator, judge=judge, shard=(1, 2))
+    refused("one that was not begun.*give that shard's command again")
+    shards[1].mkdir()
+    prepare(shards[1], recipe.meta)
+    refused("no block 1")
+    write(shards[1], unet, recipe, accelerator, judge=judge, shard=(2, 2))
+    (shards[1] / file_name(5, 0)).unlink()
+    refused("absent or not what they were")
 
 
 def test_killed_at_ten_random_moments_it_comes_to_the_same_bytes(
@@ -290,15 +309,17 @@ def test_every_batch_has_the_same_shape(tmp_path, unet, tiny, pictures, accelera
     assert shapes == {(8, 3, 8, 8)} and judged == {(4, 3, 8, 8)}  # two conditions of four images
 
 
-def test_another_recipe_starts_over(tmp_path, unet, tiny, pictures, accelerator):
+def test_another_recipe_starts_over(tmp_path, unet, tiny, pictures, accelerator, caplog):
     write(tmp_path, unet, a_recipe(pictures, tiny, unet_sha256="old"), accelerator)
     other = a_recipe(pictures, tiny, dataclasses.replace(CONFIG, mode="away", sources=4))
 
     def dead(*args, **kwargs):
         raise Killed
 
-    with pytest.raises(Killed):
+    with pytest.raises(Killed), caplog.at_level("INFO", logger="sdood_plugin"):
         write(tmp_path, dead, other, accelerator)
+    removed = [record.message for record in caplog.records if "another set is removed" in record.message]
+    assert len(removed) == 1 and "config.mode changed from other to away" in removed[0] and "unet_sha256 changed" in removed[0]
     assert set(contents(tmp_path)) == {"in-progress.json"}  # nothing of the old set can be taken for the new one
     made = write(tmp_path, unet, other, accelerator)
     assert sum(name.startswith("images/") for name in made) == 4

@@ -38,7 +38,7 @@ def train():
 
 
 def test_a_set_of_copies_of_the_training_images_is_found_out(train, tmp_path):
-    made = OutlierSet(write_set(tmp_path / "set", train.images, nearest_train_distance=[0.0] * 10))
+    made = OutlierSet(write_set(tmp_path / "set", train.images, train, nearest_train_distance=[0.0] * 10))
     found = report_set(made, train, PIXELS, SelectionConfig(), InspectionConfig())
     assert found["stay_rate"] == 100 and found["near_duplicate_rate"] == 100 and found["distance_to_source"] == 0
     assert found["fidelity"]["fd"] == pytest.approx(0, abs=1e-5) and found["fidelity"]["n_real"] == 10
@@ -46,13 +46,36 @@ def test_a_set_of_copies_of_the_training_images_is_found_out(train, tmp_path):
 
 
 def test_a_set_made_of_other_images_is_refused(train, tmp_path):
-    made = OutlierSet(write_set(tmp_path / "set", some_images(4, seed=1), source_index=[0, 3, 2, 9]))
+    made = OutlierSet(write_set(tmp_path / "set", some_images(4, seed=1), train, source_index=[0, 3, 2, 9]))
     report_set(made, train, PIXELS, SelectionConfig(), InspectionConfig())
     other = ImageSet(train.images, [f"other/{i}.png" for i in range(10)])
     with pytest.raises(RunError, match="'other/0.png' at position 0"):
         report_set(made, other, PIXELS, SelectionConfig(), InspectionConfig())
     with pytest.raises(RunError, match="5 images"):
         report_set(made.take(torch.tensor([3])), train.subset(torch.arange(5)), PIXELS, SelectionConfig(), InspectionConfig())
+
+
+def test_other_images_of_the_same_names_are_refused_before_features_are_loaded(train, tmp_path, capsys, monkeypatch):
+    made = write_set(tmp_path / "set", some_images(4, seed=1), train)
+    monkeypatch.setattr(fidelity, "load_features", lambda *_: pytest.fail("features were loaded"))
+    for side, expected in ((16, "other pixels or names"), (8, "got 8 px; expected 16 px")):
+        pictures = tmp_path / str(side)
+        pictures.mkdir()
+        for name, image in zip(train.names, some_images(10, side, seed=5), strict=True):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / name)
+        settings = ["--images", str(pictures), "--data.image_size", str(side), "--inspection.features", "pixels"]
+        assert main(["inspect", str(made), "--out", str(tmp_path / "seen"), *settings]) == 1
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "seen").exists()
+
+
+def test_a_runs_own_report_is_not_replaced(train, tmp_path, capsys):
+    made, out = write_set(tmp_path / "set", some_images(4), train), tmp_path / "out"
+    assert main(["inspect", str(made), "--out", str(out)]) == 0
+    (out / "run.json").write_text("{}")
+    before = (out / "report.html").read_bytes()
+    assert main(["inspect", str(made), "--out", str(out)]) == 2
+    assert "another folder than a run's" in capsys.readouterr().err and (out / "report.html").read_bytes() == before
 
 
 def test_grids_show_an_outlier_of_every_pair_and_of_every_setting(tmp_path):
@@ -77,15 +100,16 @@ def test_without_a_target_the_pair_is_source_and_what_is_seen(tmp_path):
     assert pair["columns"] == ["seen as 0", "seen as 1"] and pair["index"] == [[0, 1], [2, -1]]
 
 
-def test_a_bare_folder_gives_grids_and_with_its_images_the_quality(tmp_path, train, capsys):
+def test_a_bare_folder_gives_grids_and_with_its_images_the_quality(tmp_path, train, capsys, caplog):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name, image in zip(train.names, train.images, strict=True):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / name)
-    made = write_set(tmp_path / "set", some_images(8, seed=3), start_fraction=[0.1, 0.2] * 4)
+    made = write_set(tmp_path / "set", some_images(8, seed=3), train, start_fraction=[0.1, 0.2] * 4)
     out = tmp_path / "seen"
     assert main(["inspect", str(made), "--out", str(out)]) == 0
-    assert str(out / "report.html") in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert str(out / "report.html") in told.out and "grids alone" in caplog.text
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "FID" not in page and not (out / "inspection" / "quality.json").exists()
     shown = read_tensors(out / "inspection" / "grids.safetensors")["start_fraction"]

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdood_plugin.artifacts import read_json
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.outliers import writer
-from sdood_plugin.outliers.blocks import file_name
 from sdood_plugin.outliers.files import check_name, encode, read_file
 from sdood_plugin.outliers.storage import only_writer, remove_set
 from sdood_plugin.outliers.writer import BlockWriter
 
-from .making import a_recipe, contents, idle, spread_images, write
+from .making import RANGES, a_recipe, idle, spread_images, write
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def recipe(pictures, tiny):
     return a_recipe(pictures, tiny)
 
 
-@pytest.mark.parametrize("what", ["a thesis", "images", "a file", "a link"])
+@pytest.mark.parametrize("what", ["a thesis", "images", "a file", "a link", "a meta", "a progress", "hidden files"])
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, accelerator, recipe, what):
     folder = tmp_path / "set"
     if what == "a thesis":
@@ -42,11 +42,55 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path, accelerator, recipe, 
     if what == "a link":
         (tmp_path / "theirs").mkdir()
         folder.symlink_to(tmp_path / "theirs")
+    if what in ("a meta", "a progress"):
+        (folder / "images").mkdir(parents=True)
+        (folder / "images" / "holiday.png").write_text("a beach")
+        (folder / "manifest.csv").write_text("mine")
+        (folder / ("meta.json" if what == "a meta" else "in-progress.json")).write_text('{"title": "my data", "key": "C major"}')
+    if what == "hidden files":
+        folder.mkdir()
+        (folder / ".env.local").write_text("a password")
     before = sorted(tmp_path.rglob("*"))
     for work in (lambda: write(folder, idle, recipe, accelerator), lambda: remove_set(folder)):
         with pytest.raises(UsageError, match="nothing was written"):
             work()
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_kill_left_before_anything_was_made_is_ours(tmp_path, unet, accelerator, recipe):
+    for name in (".lock", ".in-progress.json.abc.json", ".meta.json.x_y.json"):
+        (tmp_path / name).write_text("")
+    write(tmp_path, unet, recipe, accelerator)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
+
+
+def test_a_set_is_removed_without_what_lies_beside_it(tmp_path, unet, accelerator, recipe):
+    for name in ("bare", "noted"):
+        write(tmp_path / name, unet, recipe, accelerator)
+    (tmp_path / "noted" / "notes.txt").write_text("mine")
+    for name in ("bare", "noted"):
+        remove_set(tmp_path / name)
+    assert not (tmp_path / "bare").exists() and [path.name for path in (tmp_path / "noted").iterdir()] == ["notes.txt"]
+
+
+def test_on_what_a_set_was_made_is_told_and_a_change_too(tmp_path, unet, accelerator, recipe, monkeypatch, caplog):
+    def on(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return {"device": "cpu", "threads": threads}
+
+    shards = [tmp_path / f"{i}-of-2" for i in (1, 2)]
+    one = on(1)
+    write(shards[0], unet, recipe, accelerator, shard=(1, 2))
+    write(shards[0], idle, recipe, accelerator, shard=(1, 2))
+    two = on(2)
+    write(shards[1], unet, recipe, accelerator, shard=(2, 2))
+    assert "the last bits" not in caplog.text
+    write(tmp_path / "merged", idle, recipe, accelerator, shards=shards)
+    assert caplog.text.count("the last bits") == 1
+    assert read_json(tmp_path / "merged" / "meta.json")["made_on"] == [one, two]
+    write(shards[0], unet, recipe, accelerator)  # the other blocks, with two threads
+    assert caplog.text.count("the last bits") == 2
+    assert read_json(shards[0] / "meta.json")["made_on"] == [one, two]
 
 
 def test_two_writers_are_refused(tmp_path, unet, accelerator, recipe):
@@ -70,19 +114,21 @@ def test_links_among_the_folders_are_refused(tmp_path, unet, accelerator, recipe
 
 
 def test_a_full_disk_is_one_line_and_what_was_written_counts(tmp_path, unet, accelerator, recipe, monkeypatch):
-    store, count = writer.store, []
+    put, room = os.write, [1500]  # bytes: a few images and part of one
 
-    def full(folder, name, data):
-        count.append(1)
-        if len(count) > 6:
+    def full(handle, data):
+        if room[0] <= 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        store(folder, name, data)
+        written = put(handle, data[: room[0]])
+        room[0] -= written
+        return written
 
-    monkeypatch.setattr(writer, "store", full)
+    monkeypatch.setattr(writer.os, "write", full)
     with pytest.raises(RunError, match=r"No space left on device.*free space and give the same command again") as caught:
         write(tmp_path / "set", unet, recipe, accelerator)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
+    assert sum(file.stat().st_size for file in (tmp_path / "set" / "images").rglob("*.png")) >= 1500
     assert write(tmp_path / "set", unet, recipe, accelerator) == write(tmp_path / "whole", unet, recipe, accelerator)
 
 
@@ -143,34 +189,55 @@ def test_both_formats_keep_every_bit(tmp_path, suffix):
 
 
 SCRIPT = """
-import sys, torch
+import os, sys, time, torch
 sys.path.insert(0, {tests!r})
+from pathlib import Path
 from tests.conftest import TINY
-from tests.outliers.making import a_recipe, write
+from tests.outliers.making import RANGES, a_recipe, write
 from sdood_plugin.config import RunConfig
 from sdood_plugin.data.images import ImageSet
 from sdood_plugin.diffusion.unet import build_unet
+from sdood_plugin.outliers import writer
 from sdood_plugin.training import make_accelerator
-from pathlib import Path
-torch.manual_seed(0)
-unet = build_unet(TINY, classes=3, image_size=8).eval()
-with torch.no_grad():
-    unet.class_embedding.weight *= 3
-images = torch.randint(256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-pictures = ImageSet(images, [f"{{i}}.png" for i in range(12)], torch.arange(12) % 3)
-write(Path({folder!r}), unet, a_recipe(pictures, TINY), make_accelerator(RunConfig(device="cpu")))
+
+def work():
+    store = writer.store
+    def slowly(*args):
+        time.sleep(0.03)
+        store(*args)
+    writer.store = slowly
+    torch.manual_seed(0)
+    unet = build_unet(TINY, classes=3, image_size=8).eval()
+    with torch.no_grad():
+        unet.class_embedding.weight *= 3
+    images = torch.randint(256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    pictures = ImageSet(images, [f"{{i}}.png" for i in range(12)], torch.arange(12) % 3)
+    write(Path({folder!r}), unet, a_recipe(pictures, TINY, RANGES), make_accelerator(RunConfig(device="cpu")))
+
+for line in sys.stdin:  # a process for each line, which is told the process's number
+    child = os.fork()
+    if not child:
+        work()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def test_a_process_killed_without_warning_is_continued(tmp_path, unet, accelerator, recipe):
-    folder = tmp_path / "killed"
+def test_a_process_killed_without_warning_again_and_again_is_continued(tmp_path, unet, accelerator, pictures, tiny):
+    folder, recipe = tmp_path / "killed", a_recipe(pictures, tiny, RANGES)
     script = SCRIPT.format(tests=str(Path(__file__).parents[2]), folder=str(folder))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / file_name(0, 0)).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (folder / file_name(0, 0)).exists()
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        for files in (1, 4, 9, 15):
+            parent.stdin.write("start\n")
+            parent.stdin.flush()
+            child, deadline = int(parent.stdout.readline()), time.monotonic() + 120
+            while len(list(folder.glob("images/*/*"))) < files and time.monotonic() < deadline:
+                time.sleep(0.002)
+            os.kill(child, signal.SIGKILL)
+            assert int(parent.stdout.readline()) == signal.SIGKILL  # it was killed, it did not end
+            assert len(list(folder.glob("images/*/*"))) >= files and not (folder / "meta.json").exists()
+        parent.stdin.close()
+    assert len(list(folder.glob("images/*/*"))) < 24
     assert write(folder, unet, recipe, accelerator) == write(tmp_path / "whole", unet, recipe, accelerator)
-    assert contents(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import types
@@ -34,7 +35,9 @@ def whole(tmp_path, generator):
 
 
 def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,12 @@ def test_folders_that_are_not_ours_stay_as_they_are(whole, tmp_path):
     other = write_set(tmp_path / "other", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "text.txt").write_text("mine")
-    for dest in (other, tmp_path / "notes", whole, whole / "inside", tmp_path):
+    theirs, making = tmp_path / "theirs", tmp_path / "making"
+    for folder, name, text in ((theirs, "meta.json", {"title": "my data"}), (making, "in-progress.json", {"key": "1" * 64})):
+        (folder / "images").mkdir(parents=True)
+        (folder / "images" / "holiday.png").write_text("a beach")
+        (folder / name).write_text(json.dumps(text))
+    for dest in (other, theirs, making, tmp_path / "notes", whole, whole / "inside", tmp_path):
         before = tree(tmp_path)
         with pytest.raises(UsageError):
             select_set(whole, dest, SelectionConfig(["flip"]))
@@ -126,7 +134,7 @@ def test_nothing_left_is_said_before_anything_is_written(whole, tmp_path):
 
 
 def test_the_command_line(whole, tmp_path, capsys):
-    assert main(["select", str(whole), str(tmp_path / "part"), "--keep", "ambiguous,flip", "--duplicate_distance", "0.02"]) == 0
+    assert main(["select", str(whole), str(tmp_path / "part"), "--keep", "ambiguous, flip", "--duplicate_distance", "0.02"]) == 0
     told = capsys.readouterr().out
     assert "4 of 9 outliers" in told and "3 stay, 2 duplicate" in told
     assert len(OutlierSet(tmp_path / "part")) == 4
