@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks.experiment import TINY, Options, Rows, cells, configuration, data_facts, drawn, read_options
+from benchmarks.table1 import NEW
 from sdood_plugin.artifacts import read_json, read_tensors
 from sdood_plugin.config import OutliersConfig, RunConfig
 from sdood_plugin.context import Context
@@ -31,9 +32,9 @@ from sdood_plugin.outliers.sample import sample_batch
 from sdood_plugin.run import run
 
 SIZES = {
-    "tiny": ["demo.yml", *TINY],
-    "cpu": ["demo.yml", "--diffusion.max_start_fraction", "0.4"],
-    "gpu": ["cifar10.yml", "cifar10_resnet18_unlabelled.yml"],
+    "tiny": ["demo.yml", *TINY, "--compare.methods", "[fake-it]"],
+    "cpu": ["demo.yml", "--diffusion.max_start_fraction", "0.4", "--compare.methods", "[fake-it]"],
+    "gpu": ["cifar10.yml", "cifar10_resnet18_unlabelled.yml", "--data.ood", "[]", "--compare.methods", NEW],  # as table1 has them
 }
 PICTURES = 10
 
@@ -75,8 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     """Make the pictures of a seed, results/fig2-SIZE.json and figures/fig2-SIZE.png."""
     options = read_options("fig2", __doc__, arguments, seeds=(0,))
     config = configuration(options, SIZES)
-    compare = dataclasses.replace(config.compare, methods=["fake-it"])
-    config = dataclasses.replace(config, compare=compare)
 
     def work(seed: int, _cell: dict[str, Any]) -> Rows:
         own = dataclasses.replace(config, seed=seed)

@@ -195,26 +195,34 @@ def _record_path(folder: Path, name: str) -> Path:
     return folder / "stages" / f"{name}.json"
 
 
-def _run_stage(stage: Stage, context: Context) -> str:
+def to_do(stage: Stage, context: Context) -> dict[str, Any] | None:
+    """What a stage's artefacts depend on, once what other settings left of them is removed; None where they are done."""
     parts = _key_parts(stage, context)
     key = value_hash(parts)
     record_path = _record_path(context.folder, stage.name)
     record = read_json(record_path) if record_path.exists() else None
-    outputs = [context.folder / output for output in stage.outputs]
-    if stage.name == "generate" and not context.config.outliers.controls:
-        outputs = outputs[:1]
     context.accelerator.wait_for_everyone()  # every process has read the record before one may remove it
     if record is not None and record["key"] == key and not _lost(record, context.folder):
         log.info("%s: done, skipped", stage.name)
-        return "done"
+        return None
     if record is not None:
         log.info("%s: runs again: %s", stage.name, _why(record["parts"], parts))
     else:
         log.info("%s", stage.name)
-    folder = context.folder / stage.folder
     if context.is_main:
         _clear(stage, context, key)
     context.accelerator.wait_for_everyone()
+    return parts
+
+
+def _run_stage(stage: Stage, context: Context) -> str:
+    parts = to_do(stage, context)
+    if parts is None:
+        return "done"
+    key, folder = value_hash(parts), context.folder / stage.folder
+    outputs = [context.folder / output for output in stage.outputs]
+    if stage.name == "generate" and not context.config.outliers.controls:
+        outputs = outputs[:1]
     started = time.time()
     stage.make(context, folder, key)
     context.accelerator.wait_for_everyone()
@@ -223,7 +231,7 @@ def _run_stage(stage: Stage, context: Context) -> str:
         (folder / ".key").unlink(missing_ok=True)
         hashes = {path.relative_to(context.folder).as_posix(): file_hash(path) for output in outputs for path in _files(output)}
         write_json(
-            record_path,
+            _record_path(context.folder, stage.name),
             {
                 "key": key,
                 "result": value_hash(hashes),

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import experiment, fig3, readme, table1, table2
+from benchmarks import experiment, fig3, readme, table1, table2, table3
 from benchmarks.experiment import read_options, with_present_sets
 from benchmarks.record import summary
-from sdood_plugin.artifacts import read_json
+from sdood_plugin.artifacts import read_json, write_json
 from sdood_plugin.config import ImagesConfig, OODConfig, RunConfig
 from sdood_plugin.context import Context
 
@@ -91,6 +91,28 @@ def test_a_grid_that_was_cut_off_does_the_cells_that_are_missing(place, monkeypa
     rows = read_json(place / "table2-tiny.json")["rows"]
     assert {row["guidance_weight"] for row in rows} == {2.0, 3.0}
     assert len({(row["guidance_weight"], row["method"], row["ood"]) for row in rows}) == len(rows)
+
+
+def test_table3_makes_the_cells_it_shows_and_no_others(place, monkeypatch):
+    monkeypatch.setattr(table2, "run_cells", _cells(made := []))
+    rows = table3.main(["--size", "tiny", "--start-from", "other", "--suffix=-a"])
+    (options, wanted) = made[0]
+    assert options.start_from == "other" and options.name == "table2-tiny-a" and wanted == table2.grid("tiny")[:1]
+    result = read_json(place / "table3-tiny-a.json")
+    assert result["rows"] == rows and {row["guidance_weight"] for row in rows} == {2.0}
+    assert result["seeds"] == [0, 4] == [row["seed"] for row in rows]
+
+
+def _cells(calls):
+    """`run_cells` of a table 2 that has another seed and other cells already."""
+
+    def run_cells(options, wanted):
+        calls.append((options, wanted))
+        rows = [{**cell, "seed": seed} for seed in (0, 4) for cell in table2.grid("tiny")]
+        write_json(options.result, {"command": "x", "wall_s": 1.0, "rows": rows})
+        return rows
+
+    return run_cells
 
 
 def test_a_figure_is_drawn_from_its_result_alone(place):
