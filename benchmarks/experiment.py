@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.handover import pack, unpack
+from benchmarks.handover import in_words, pack, unpack
 from benchmarks.paired import add_pairs, read_scores
 from benchmarks.record import RESULTS, earlier, write_result
 from sdood_plugin.artifacts import atomic_path, read_json, value_hash
 from sdood_plugin.cli import build_parser, run_config
+from sdood_plugin.comparison import Comparators
 from sdood_plugin.config import ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
-from sdood_plugin.run import run
+from sdood_plugin.run import locked, run
 
 ROOT = Path(__file__).parent.parent
 Rows = list[dict[str, Any]]
@@ -42,6 +43,7 @@ class Options:
         data: Folder that stands for `data` in the configurations.
         suffix: Ends the names of run folders and of the result.
         until: Stage after which a run stops, None for whole runs.
+        method: Comparator to train and stop there, None for all that `until` says.
         start_from: Name of another result whose run folders are copied where this one has none.
         overrides: Settings that replace those of the size, as on `sdood run`'s command line.
     """
@@ -52,6 +54,7 @@ class Options:
     data: Path
     suffix: str
     until: str | None
+    method: str | None
     start_from: str | None
     overrides: list[str]
 
@@ -74,14 +77,6 @@ class Options:
         """The run folder of a seed."""
         return ROOT / "runs" / "benchmarks" / f"{self.name}-{seed}"
 
-    def handed(self, seed: int) -> Path:
-        """What the size gpu keeps of it for the next slot."""
-        return RESULTS / "handover" / f"{self.name}-{seed}"
-
-    def scored(self, seed: int) -> Path:
-        """Where the scores of a finished seed are: in its run folder, or in what an earlier slot kept of it."""
-        return self.folder(seed) if self.folder(seed).exists() else self.handed(seed)
-
 
 def read_options(
     script: str, description: str | None, arguments: Sequence[str] | None, seeds: Sequence[int] = (0, 1, 2)
@@ -93,6 +88,7 @@ def read_options(
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder laid out like OpenOOD's data")
     parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
     parser.add_argument("--until", help="stop each run after this stage, for short slots (table1, table1_openood)")
+    parser.add_argument("--method", help="train this one comparator and stop (table1, table1_openood)")
     parser.add_argument("--start-from", help="begin with a copy of the run folders of this result, e.g. table1-gpu-resnet18")
     parser.add_argument("--threads", type=int, help="CPU threads")
     known, overrides = parser.parse_known_args(arguments)
@@ -101,7 +97,9 @@ def read_options(
 
         torch.set_num_threads(known.threads)
     seeds = known.seeds[:1] if known.size == "tiny" else known.seeds
-    return Options(script, known.size, list(seeds), known.data, known.suffix, known.until, known.start_from, overrides)
+    return Options(
+        script, known.size, list(seeds), known.data, known.suffix, known.until, known.method, known.start_from, overrides
+    )
 
 
 def configuration(options: Options, sizes: Mapping[str, Sequence[str]]) -> RunConfig:
@@ -175,7 +173,8 @@ def cells(
     """
     rows, spent = _earlier(options, config)
     for seed, cell in _missing(options, wanted, rows):
-        with handed_over(options, dataclasses.replace(config, seed=seed)):
+        own = dataclasses.replace(config, seed=seed)
+        with handed_over(options.folder(seed), own, options.start_from, options.size == "gpu"):
             rows += [{**cell, "seed": seed, **row} for row in work(seed, cell)]
         done = list(dict.fromkeys(row["seed"] for row in rows))
         write_result(options.name, as_dict(config), done, rows, facts=facts(done), spent_s=spent, **_written(options, config))
@@ -185,7 +184,8 @@ def cells(
 def methods_table(options: Options, config: RunConfig, absent: Sequence[str], published: Sequence[Sequence[Any]]) -> Rows:
     """A whole run a seed: the rows of our scores and of the comparators, and ours minus theirs on the same images.
 
-    The result holds what there is after each seed, and after each slot of a run that goes stage by stage (`--until`).
+    The result holds what there is after each seed, and after each slot of a run that goes stage by stage (`--until`) and
+    comparator by comparator (`--method`).
 
     Args:
         options: The command line.
@@ -197,14 +197,17 @@ def methods_table(options: Options, config: RunConfig, absent: Sequence[str], pu
     rows = [row for row in rows if row["seed"] not in options.seeds]
     for seed in options.seeds:
         own, folder = dataclasses.replace(config, seed=seed), options.folder(seed)
-        with handed_over(options, own):
-            run(own, folder, options.until)
+        with handed_over(folder, own, options.start_from, options.size == "gpu"):
+            if options.method is None:
+                run(own, folder, options.until)
+            else:
+                train_comparator(own, folder, options.method)
         files = [folder / stage / "rows.json" for stage in ("evaluation", "comparison")]
         rows += [row for file in files if file.exists() for row in read_json(file)]
         done = list(dict.fromkeys(row["seed"] for row in rows))
         facts = {**data_facts(config, folder, absent), "published": list(published)}
         write_result(options.name, as_dict(config), done, rows, facts=facts, spent_s=spent, **_written(options, config))
-        scored = [own for own in map(options.scored, done) if (own / "comparison" / "scores-id.csv").exists()]
+        scored = [own for own in (begun(options, seed) for seed in done) if (own / "comparison" / "scores-id.csv").exists()]
         add_pairs(options.result, [{ood.name: read_scores(own, ood.name) for ood in config.data.ood} for own in scored])
     return rows
 
@@ -218,15 +221,28 @@ def _written(options: Options, config: RunConfig) -> dict[str, Any]:
     return {"folder": options.results, "device": config.device, "data_root": options.data}
 
 
+def train_comparator(config: RunConfig, folder: Path, method: str) -> None:
+    """Train one comparator as the stage of all of them would, which then finds it there."""
+    run(config, folder, "train-reference")
+    context = Context(config, folder)
+    with locked(folder, context.is_main):
+        Comparators(context, folder / "comparators").fit([method])
+
+
 @contextlib.contextmanager
-def handed_over(options: Options, config: RunConfig) -> Iterator[None]:
+def handed_over(folder: Path, config: RunConfig, start_from: str | None, hand_over: bool) -> Iterator[None]:
     """Around the work on a run folder: what an earlier slot left is unpacked, what this one finished is packed, cut off or not.
 
-    Scores that were made under other settings are removed. Only the size gpu hands over.
+    Scores that were made under other settings are removed.
+
+    Args:
+        folder: The run folder.
+        config: Its settings.
+        start_from: Result whose run folder of this seed is copied where nothing is known of this one.
+        hand_over: Whether to unpack and pack.
     """
-    folder, kept = options.folder(config.seed), options.handed(config.seed)
     if not folder.exists():
-        _begin(options, config.seed, folder, kept)
+        _begin(folder, config.seed, start_from, hand_over)
     told = folder / "run.json"
     if told.exists() and read_json(told)["config_sha256"] != value_hash(as_dict(config)):
         for stage in ("evaluation", "comparison"):
@@ -234,20 +250,27 @@ def handed_over(options: Options, config: RunConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        if options.size == "gpu" and folder.exists():
-            pack(folder, kept)
+        if hand_over and folder.exists():
+            print(in_words(folder.name, pack(folder, RESULTS / "handover")))
 
 
-def _begin(options: Options, seed: int, folder: Path, kept: Path) -> None:
+def begun(options: Options, seed: int) -> Path:
+    """The run folder of a seed, made of what an earlier slot kept of it where it is not there."""
+    folder = options.folder(seed)
+    if not folder.exists():
+        _begin(folder, seed, None, options.size == "gpu")
+    return folder
+
+
+def _begin(folder: Path, seed: int, start_from: str | None, hand_over: bool) -> None:
     """Fill a run folder that is not there with what is known of it, else with that of `start_from`."""
-    name = f"{options.start_from}-{seed}"
-    other = folder.with_name(name)
-    if options.size == "gpu" and kept.exists():
-        unpack(kept, folder)
-    elif options.start_from is not None and other.exists():
-        shutil.copytree(other, folder)
-    elif options.start_from is not None and (RESULTS / "handover" / name).exists():
-        unpack(RESULTS / "handover" / name, folder)
+    store, other = RESULTS / "handover", f"{start_from}-{seed}"
+    if hand_over and (store / f"{folder.name}.json").exists():
+        unpack(store, folder.name, folder)
+    elif start_from is not None and folder.with_name(other).exists():
+        shutil.copytree(folder.with_name(other), folder)
+    elif start_from is not None and (store / f"{other}.json").exists():
+        unpack(store, other, folder)
 
 
 def _missing(options: Options, wanted: Sequence[dict[str, Any]], rows: Rows) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -33,7 +33,7 @@ from sdood_plugin.run import run
 SIZES = {
     "tiny": ["demo.yml", *TINY],
     "cpu": ["demo.yml", "--diffusion.max_start_fraction", "0.4"],
-    "gpu": ["cifar10.yml", "cifar10_resnet18_unlabelled.yml"],
+    "gpu": ["cifar10.yml", "cifar10_resnet18_unlabelled.yml", "--data.ood", "[]"],
 }
 PICTURES = 10
 
@@ -75,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     """Make the pictures of a seed, results/fig2-SIZE.json and figures/fig2-SIZE.png."""
     options = read_options("fig2", __doc__, arguments, seeds=(0,))
     config = configuration(options, SIZES)
-    compare = dataclasses.replace(config.compare, methods=["fake-it"])
-    config = dataclasses.replace(config, compare=compare)
+    config = dataclasses.replace(config, compare=dataclasses.replace(config.compare, methods=["fake-it"]))
 
     def work(seed: int, _cell: dict[str, Any]) -> Rows:
         own = dataclasses.replace(config, seed=seed)

@@ -3,100 +3,187 @@
 python -m benchmarks.handover pack RUN FOLDER
 python -m benchmarks.handover unpack FOLDER RUN
 
-Weights are kept in bfloat16, in parts below 15 MB; labels, losses, scores, rows and the records of finished stages as they
-are. Left out is what the next slot makes again from those or does not need: outlier images, fakes, banks, checkpoints. A
-stage whose files were left out runs again when a later stage needs it.
+FOLDER/NAME.json lists what is kept of the run folder NAME: zip archives, cut into parts below 15 MB that lie beside it and are
+named by the archive's hash. What did not change keeps its parts, runs that share files share them, and a kill while packing
+leaves the earlier handover whole. All but figures and report is kept, outlier images and the checkpoints of unfinished
+trainings byte by byte, so that a finished stage stays finished. Weights are rounded to bfloat16 and feature banks to float16,
+in the run folder too: a stage reads the same bytes whether it goes on there or from what was kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from sdood_plugin.artifacts import read_tensors, write_tensors
+from sdood_plugin.artifacts import TENSORS_SUFFIX, file_hash, read_json, read_tensors, write_bytes, write_json, write_tensors
+from sdood_plugin.errors import RunError, UsageError
 
 PART_BYTES = 15_000_000
-LEFT_OUT = ("outliers/", "controls/", "figures/", "detector/bank.safetensors", "comparators/fake-it/fakes.safetensors")
-LEFT_OUT_NAMES = ("checkpoint", "features-", "report.html")  # beginnings of file names
-WEIGHTS = ".safetensors"
+PARTS_A_CALL = 8  # what one call to a lent GPU brings back
+SMALL_BYTES = 1_000_000  # folders with less share an archive
+LEFT_OUT = ("figures/", "report.html")
+IMAGES = (".png", ".webp")
+BANK = "bank.safetensors"
 
 
-def pack(run: Path, folder: Path) -> None:
-    """Write what is worth keeping of a run folder to `folder`, in place of what an earlier slot left there."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    for path in _kept(run):
-        target = folder / path.relative_to(run)
-        if path.suffix == WEIGHTS:
-            tensors = read_tensors(path)
-            info = _metadata(path)
-            for number, names in enumerate(_parts(tensors)):
-                part = {name: _narrow(tensors[name]) for name in names}
-                write_tensors(target.with_name(f"{target.stem}-part{number:02d}{WEIGHTS}"), part, info)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+def pack(run: Path, folder: Path) -> list[Path]:
+    """Keep a run folder in `folder`, in place of what an earlier slot kept of it; rounds its weights and banks.
+
+    Returns:
+        The files that are new in `folder`; what another slot must be given are these and those it has.
+    """
+    before = set(folder.glob("*"))
+    files = sorted(_kept(run))
+    for path in files:
+        if path.suffix == TENSORS_SUFFIX:
+            _round(path)
+    archives = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, members in _groups(run, files).items():
+            archive = Path(temporary) / name
+            _write_archive(run, members, archive)
+            archives[name] = _cut(archive, folder)
+            archive.unlink()
+    listed = [path.relative_to(run).as_posix() for path in files if path.suffix not in IMAGES]
+    index = folder / f"{run.name}.json"
+    write_json(index, {"archives": archives, "files": listed})
+    _remove_unlisted(folder)
+    return [index, *sorted(set(folder.glob("*")) - before - {index})]
 
 
-def unpack(folder: Path, run: Path) -> None:
-    """Make a run folder of what `pack` wrote; weights are float32 again."""
-    whole: dict[Path, dict[str, torch.Tensor]] = {}
-    info: dict[Path, dict[str, str]] = {}
-    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
-        target = run / path.relative_to(folder)
-        stem, _, number = path.stem.rpartition("-part")
-        if path.suffix == WEIGHTS and stem and number.isdigit():
-            target = target.with_name(stem + WEIGHTS)
-            whole.setdefault(target, {}).update({name: _widen(value) for name, value in read_tensors(path).items()})
-            info[target] = _metadata(path)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-    for target, tensors in whole.items():
-        write_tensors(target, tensors, info[target])
+def unpack(folder: Path, name: str, run: Path) -> None:
+    """Make the run folder `run`, whole or not at all, of what `pack` kept of the one called `name`.
+
+    Raises:
+        UsageError: `run` is there already.
+        RunError: A part is absent or was changed.
+    """
+    if run.exists():
+        raise UsageError("run folder", run, "a folder that is not there yet", "move it away or choose another")
+    fresh = run.with_name(f".{run.name}.unpacking")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for archive, parts in read_json(folder / f"{name}.json")["archives"].items():
+        with tempfile.NamedTemporaryFile() as whole:
+            for part in parts:
+                if not (folder / part).exists():
+                    raise RunError(f"part {folder / part}", "nothing there", f"all parts that {name}.json lists", "bring it too")
+                whole.write((folder / part).read_bytes())
+            whole.flush()
+            if not parts[0].startswith(_part_name(Path(whole.name), archive)):
+                raise RunError(
+                    f"parts of {archive} in {folder}", "other bytes than were packed", "whole parts", "copy them again"
+                )
+            with zipfile.ZipFile(whole) as content:
+                content.extractall(fresh)
+    for path in fresh.rglob(f"*{TENSORS_SUFFIX}"):
+        _write_like(path, path, _widened(path, read_tensors(path)))
+    fresh.rename(run)
+
+
+def in_words(name: str, new: Sequence[Path]) -> str:
+    """What `pack` did, and in how many calls the new files come back where one does not do."""
+    text = f"{name}: {len(new)} new files in {new[0].parent}, {sum(path.stat().st_size for path in new) / 1e6:.0f} MB"
+    if len(new) > PARTS_A_CALL:
+        text += f"; more than the {PARTS_A_CALL} that one call brings back, copy them in {-(-len(new) // PARTS_A_CALL)} calls"
+    return text
 
 
 def _kept(run: Path) -> Iterator[Path]:
-    for path in sorted(file for file in run.rglob("*") if file.is_file()):
+    """All files but those left out, half-written ones and the run folder's own lock."""
+    for path in run.rglob("*"):
         inside = path.relative_to(run).as_posix()
-        if inside.startswith(LEFT_OUT) or path.name.startswith(LEFT_OUT_NAMES):
-            continue
-        if path.name.startswith(".") and path.name != ".key":  # .key says whose files an unfinished stage's are
-            continue
-        if path.suffix == WEIGHTS or path.stat().st_size < PART_BYTES:
+        if path.is_file() and not path.match(".*.*") and inside != ".lock" and not inside.startswith(LEFT_OUT):
             yield path
 
 
-def _parts(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
+def _groups(run: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Which files share an archive: those of one folder, or of one comparator; the small ones all together."""
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        groups.setdefault("-".join(path.relative_to(run).parts[:-1][:2]), []).append(path)
+    large = {name: group for name, group in groups.items() if sum(path.stat().st_size for path in group) >= SMALL_BYTES}
+    small = [path for name, group in groups.items() if name not in large for path in group]
+    return {**large, "rest": small} if small else large
+
+
+def _write_archive(run: Path, files: Sequence[Path], archive: Path) -> None:
+    """A zip of the files, weights and banks narrow; the same files give the same bytes."""
+    narrow = archive.with_name(f"{archive.name}-narrow")
+    with zipfile.ZipFile(archive, "w") as content:
+        for path in files:
+            data = path
+            if path.suffix == TENSORS_SUFFIX:
+                _write_like(path, narrow, _narrowed(path, read_tensors(path)))
+                data = narrow
+            how = zipfile.ZIP_STORED if path.suffix in IMAGES else zipfile.ZIP_DEFLATED
+            content.writestr(zipfile.ZipInfo(path.relative_to(run).as_posix()), data.read_bytes(), how, compresslevel=1)
+    narrow.unlink(missing_ok=True)
+
+
+def _cut(archive: Path, folder: Path) -> list[str]:
+    """Write the archive's parts, those that are not there, and name them all."""
     names: list[str] = []
-    size = 0
-    for name, tensor in tensors.items():
-        own = _narrow(tensor).nbytes
-        if names and size + own > PART_BYTES - 100_000:  # the header's share
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += own
-    yield names
+    with archive.open("rb") as stream:
+        while block := stream.read(PART_BYTES):
+            names.append(f"{_part_name(archive, archive.name)}-{len(names):02d}")
+            if not (folder / names[-1]).exists():
+                write_bytes(folder / names[-1], block)
+    return names
 
 
-def _narrow(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.bfloat16() if tensor.dtype == torch.float32 else tensor
+def _part_name(content: Path, archive: str) -> str:
+    return f"{archive}-{file_hash(content)[:16]}"
 
 
-def _widen(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+def _remove_unlisted(folder: Path) -> None:
+    """Remove parts that no run folder's list names any more, and half-written files of a kill."""
+    indices = set(folder.glob("[!.]*.json"))
+    listed = {part for index in indices for parts in read_json(index)["archives"].values() for part in parts}
+    for path in set(folder.iterdir()) - indices:
+        if path.name not in listed:
+            path.unlink()
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _round(path: Path) -> None:
+    """Write weights or banks as they will come back, where that is not what they are."""
+    tensors = read_tensors(path)
+    rounded = _widened(path, _narrowed(path, tensors))
+    if not all(torch.equal(rounded[name], value) for name, value in tensors.items()):
+        _write_like(path, path, rounded)
+
+
+def _narrow_type(path: Path) -> torch.dtype:
+    return torch.float16 if path.name == BANK else torch.bfloat16
+
+
+def _narrowed(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file as they are kept; a bank's held-out scores are no features and stay float32."""
+
+    def kept(value: torch.Tensor) -> torch.Tensor:
+        exact = value.dtype != torch.float32 or (path.name == BANK and value.ndim < 2)
+        return value if exact else value.to(_narrow_type(path))
+
+    return {name: kept(value) for name, value in tensors.items()}
+
+
+def _widened(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.float() if value.dtype == _narrow_type(path) else value for name, value in tensors.items()}
+
+
+def _write_like(source: Path, target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors with the metadata of `source`."""
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    with safe_open(source, "pt") as file:
+        info = file.metadata()
+    write_tensors(target, tensors, info)
 
 
 def main() -> None:
@@ -106,7 +193,10 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     options = parser.parse_args()
-    (pack if options.what == "pack" else unpack)(options.source, options.target)
+    if options.what == "pack":
+        print(in_words(options.source.name, pack(options.source, options.target)))
+    else:
+        unpack(options.source, options.target.name, options.target)
 
 
 if __name__ == "__main__":

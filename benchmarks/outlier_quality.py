@@ -40,6 +40,11 @@ from sdood_plugin.training import place, unet_format
 
 ROOT = Path(__file__).parent.parent
 STARTS, WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), (0.0, 1.0, 2.0, 3.0, 4.0)
+SETTINGS = [  # mode, S / T and w of each row
+    ("none", 0.0, 0.0),
+    *((mode, start, weight) for start in STARTS for mode in ("other", "away", "blend") for weight in WEIGHTS),
+    *(("same", start, 0.0) for start in STARTS),
+]
 SHOWN = [("same", 0.0), ("other", 2.0), ("blend", 0.0), ("away", 3.0)]  # the rows of the figure, below the sources
 
 
@@ -219,10 +224,7 @@ def main() -> None:
     note = f"{model}, trained on {len(bench.train)} images with their true labels; distances over {over}"
     facts = {"data": {"train": len(bench.train), "sources": len(bench.sources)}, "note": note, **bench.accuracy()}
     bench.figure(RESULTS.parent / "figures" / f"{name}-triplets.png")
-    settings = [("none", 0.0, 0.0)]
-    settings += [(mode, start, weight) for start in STARTS for mode in ("other", "away", "blend") for weight in WEIGHTS]
-    settings += [("same", start, 0.0) for start in STARTS]
-    for mode, start, weight in settings:
+    for mode, start, weight in SETTINGS:
         if not any((row["mode"], row["start_fraction"], row["guidance_weight"]) == (mode, start, weight) for row in rows):
             rows.append(bench.row(mode, start, weight))
             write_result(name, measured, [config.seed], rows, facts, spent_s=spent, device=config.device)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo import table
-from benchmarks.experiment import data_facts
+from benchmarks.experiment import data_facts, handed_over
 from benchmarks.record import RESULTS, earlier, mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--renders", type=int, help="of the embedded data, in place of the configuration's")
     parser.add_argument("--train", help="training images in place of the configuration's")
     parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
+    parser.add_argument("--hand-over", action="store_true", help="go on from the slot before and keep what this one finishes")
     options = parser.parse_args()
     base = dataclasses.replace(read_config(options.config), report=False)
     if options.epochs:
@@ -158,19 +159,19 @@ def main() -> None:
         folder = ROOT / "runs" / "benchmarks" / f"{name}-{seed}"
         images = data_facts(configured(base, variants(base)[0], seed), folder)["data"]  # the left-out digit is the seed's
         counts |= {f"{part}, seed {seed}": count for part, count in images.items()}
-        for variant in variants(base):
-            if any(row["method"] == name_of(variant) and row["seed"] == seed for row in rows):
-                continue
-            rows += run_variant(base, variant, seed, folder)
-            write_result(
-                name,
-                as_dict(base),
-                sorted({row["seed"] for row in rows}),
-                rows,
-                facts={"data": counts, "labels": options.labels, "ranking": ranking(rows)},
-                spent_s=spent,
-                device=base.device,
-            )
+        missing = [one for one in variants(base) if not any((row["method"], row["seed"]) == (name_of(one), seed) for row in rows)]
+        with handed_over(folder, dataclasses.replace(base, seed=seed), None, options.hand_over):
+            for variant in missing:
+                rows += run_variant(base, variant, seed, folder)
+                write_result(
+                    name,
+                    as_dict(base),
+                    sorted({row["seed"] for row in rows}),
+                    rows,
+                    facts={"data": counts, "labels": options.labels, "ranking": ranking(rows)},
+                    spent_s=spent,
+                    device=base.device,
+                )
     print(table([row for row in rows if "auroc" in row]))
     for row in ranking(rows):
         print(f"{row['variant']:32s} {row['auroc_near']:.2f} +- {row['deviation']:.2f}")

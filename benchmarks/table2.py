@@ -64,6 +64,11 @@ def settings(options: Options) -> RunConfig:
 def main(arguments: Sequence[str] | None = None) -> Rows:
     """Run the grid a seed in one run folder, where labels, diffusion model and reference are made once."""
     options = read_options("table2", __doc__, arguments)
+    return run_cells(options, grid(options.size))
+
+
+def run_cells(options: Options, wanted: Sequence[dict[str, Any]]) -> Rows:
+    """Run those cells of the grid that are missing; all rows of results/table2-SIZE.json."""
     config = settings(options)
 
     def work(seed: int, cell: dict[str, Any]) -> Rows:
@@ -75,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
         extra = {name: rates[name] for name in ("flip_rate", "stay_rate") if name in rates}
         return [row | extra for row in read_json(folder / "evaluation" / "rows.json") if row["method"] in METHODS]
 
-    return cells(options, config, grid(options.size), work, lambda seeds: data_facts(config, options.folder(seeds[-1])))
+    return cells(options, config, wanted, work, lambda seeds: data_facts(config, options.folder(seeds[-1])))
 
 
 if __name__ == "__main__":

@@ -14,29 +14,20 @@ from benchmarks.record import write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.config import as_dict
 
+WEIGHT = 2.0
+
 
 def main(arguments: Sequence[str] | None = None) -> Rows:
     """Make table2's cells of w = 2 where they are missing, and write results/table3-SIZE.json of them."""
     options = read_options("table3", __doc__, arguments)
-    table2.main(
-        [
-            "--size",
-            options.size,
-            "--suffix",
-            options.suffix,
-            "--data",
-            str(options.data),
-            "--seeds",
-            *map(str, options.seeds),
-            *options.overrides,
-        ]
-    )
-    made = read_json(dataclasses.replace(options, script="table2").result)
-    rows = [row for row in made["rows"] if row["guidance_weight"] == 2]
-    config = table2.settings(options)
-    facts = {**data_facts(config, options.folder(options.seeds[0])), "published": table2.PAPER, "from": made["command"]}
+    grid = dataclasses.replace(options, script="table2")
+    made = table2.run_cells(grid, [cell for cell in table2.grid(options.size) if cell["guidance_weight"] == WEIGHT])
+    rows = [row for row in made if row["guidance_weight"] == WEIGHT]
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    config, source = table2.settings(options), read_json(grid.result)
+    facts = {**data_facts(config, options.folder(seeds[0])), "published": table2.PAPER, "from": source["command"]}
     where = {"folder": options.results, "device": config.device, "data_root": options.data}
-    write_result(options.name, as_dict(config), options.seeds, rows, wall_s=made["wall_s"], facts=facts, **where)
+    write_result(options.name, as_dict(config), seeds, rows, wall_s=source["wall_s"], facts=facts, **where)
     return rows
 
 

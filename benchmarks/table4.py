@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.experiment import TINY, Options, Rows, cells, configuration, data_facts, read_options
+from benchmarks.experiment import TINY, Options, Rows, begun, cells, configuration, data_facts, read_options
 from benchmarks.paired import Scores, add_pairs, read_table
 from benchmarks.table1 import NEW
 from benchmarks.table1_openood import ALL
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     config = configuration(options, SIZES)
 
     def written(seed: int) -> dict[str, dict[str, Scores]]:
-        return {name: read_table(options.scored(seed) / "table4", name) for name in SETS}
+        return {name: read_table(begun(options, seed) / "table4", name) for name in SETS}
 
     def work(seed: int, _cell: dict[str, Any]) -> Rows:
         own = dataclasses.replace(config, seed=seed)
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
 
     rows = cells(options, config, [{}], work, facts)
     seeds = dict.fromkeys(row["seed"] for row in rows)
-    scored = [seed for seed in seeds if (options.scored(seed) / "table4" / "scores-id.csv").exists()]
+    scored = [seed for seed in seeds if (begun(options, seed) / "table4" / "scores-id.csv").exists()]
     add_pairs(options.result, [written(seed) for seed in scored], same_ood=False)  # a seed's outliers are its own
     return rows
 

@@ -278,7 +278,10 @@ class Comparators:
 
     def _settings(self, config: DetectorConfig, weights: Path | str | None) -> dict[str, Any]:
         """A detector's settings, its weights by what they are and not by where they lie."""
-        by_content = weights if weights in (None, HUB) else file_hash(Path(weights))
+        by_content = weights
+        if weights not in (None, HUB):
+            made_of = Path(weights).with_suffix(".key")
+            by_content = made_of.read_text() if made_of.exists() else file_hash(Path(weights))
         return {**as_dict(config), "weights": by_content}
 
     def _key(self, settings: dict[str, Any], *tensors: torch.Tensor) -> str:

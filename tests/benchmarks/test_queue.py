@@ -5,16 +5,38 @@ from __future__ import annotations
 import importlib
 import shlex
 
+import pytest
+
 from benchmarks import queue, table2
 from benchmarks.experiment import configuration
 from benchmarks.queue import QUEUE, Item, following
 from sdood_plugin.artifacts import write_json
+from sdood_plugin.config import RunConfig
+from sdood_plugin.stage_table import BY_NAME
+
+GOES_ON = {  # stages of the first run that others take from it
+    "table4": ("cluster", "train-reference", "train-diffusion", "generate", "train-detector", "calibrate", "train-comparators"),
+    "fig2": ("cluster", "train-reference", "train-diffusion"),
+    "fig3": ("cluster", "train-diffusion"),
+    "table3": ("cluster",),
+}
 
 
 def test_every_item_is_one_slot_and_has_its_own_name_and_sign_of_being_done():
     assert len({item.name for item in QUEUE}) == len(QUEUE)
-    assert len({(item.result, item.seeds, item.method) for item in QUEUE}) == len(QUEUE)
+    assert len({(item.result, str(item.rows), item.file) for item in QUEUE}) == len(QUEUE)
     assert all(0 < item.minutes <= 10 for item in QUEUE)
+
+
+def test_what_an_item_goes_on_from_stands_before_it():
+    names: set[str] = set()
+    for item in QUEUE:
+        assert names.issuperset(item.after), item.name
+        names.add(item.name)
+    after = {item.name: item.after for item in QUEUE}
+    assert after["OpenOOD protocol: compare 1"] == ("OpenOOD protocol: fake-it 1",)
+    assert after["ViT-B/16: train-reference 2"] == ("unlabelled ResNet-18: generate 2",)
+    assert not after["OpenOOD protocol: train-diffusion 0"]
 
 
 def test_every_command_starts_a_benchmark_that_exists():
@@ -25,34 +47,61 @@ def test_every_command_starts_a_benchmark_that_exists():
 
 
 def test_the_tables_of_the_queue_have_settings_that_can_be_read():
-    read = set()
+    read: dict[tuple[str, ...], RunConfig] = {}
     for item in QUEUE:
         words = shlex.split(item.command)
         script = words[2].removeprefix("benchmarks.")
         if script.startswith(("table", "fig")):
             module = importlib.import_module(words[2])
             options = module.read_options(script, "", words[3:])
-            assert item.result.startswith((f"{options.name}.json", f"handover/{options.name}-")), item.name
+            seed = options.seeds[0]
+            assert item.result in (f"{options.name}.json", f"handover/{options.folder(seed).name}.json"), item.name
             settings = (script, *options.overrides)
             if settings not in read:  # parsing them takes a while
-                read.add(settings)
                 sizes = (table2 if script == "table3" else module).SIZES
-                assert configuration(options, sizes).data.train.path.startswith("data"), item.name
+                read[settings] = config = configuration(options, sizes)
+                assert config.data.train.path.startswith("data"), item.name
+                assert ("CIFAR-100" in item.needs) == any(ood.name == "cifar100" for ood in config.data.ood), item.name
+                assert config.clustering.pretext_steps <= 15000, item.name
+    by_script = {settings[0]: config for settings, config in reversed(read.items())}  # the first of each
+    for script, stages in GOES_ON.items():
+        for name in stages:
+            first, second = (BY_NAME[name].settings(by_script[one]) for one in ("table1", script))
+            assert first == second, f"{script} would run {name} again"
 
 
 def test_the_next_item_is_the_first_that_is_missing_and_fits(tmp_path):
+    rows = tuple({"seed": seed, "cell": cell} for seed in (0, 1) for cell in "ab")
     items = [
         Item("long", "x", 30, "", "long.json"),
-        Item("seeds", "x", 5, "", "table.json", (0, 1), "sdood"),
-        Item("last", "x", 10, "", "last.json"),
+        Item("cells", "x", 5, "", "table.json", rows),
+        Item("trained", "x", 10, "", "handover/run.json", file="stages/cluster.json"),
+        Item("other", "x", 4, "", "other.json", after=("cells", "trained")),
     ]
     assert following(10, items, tmp_path) == items[1]
-    write_json(tmp_path / "table.json", {"rows": [{"seed": 0, "method": "sdood"}, {"seed": 1, "method": "dn2"}]})
+    write_json(tmp_path / "table.json", {"rows": [{**row, "auroc": 1.0} for row in rows[:3]]})
     assert following(10, items, tmp_path) == items[1]
-    write_json(tmp_path / "table.json", {"rows": [{"seed": seed, "method": "sdood"} for seed in (0, 1)]})
+    write_json(tmp_path / "table.json", {"rows": [{**row, "auroc": 1.0} for row in rows]})
     assert following(10, items, tmp_path) == items[2]
-    write_json(tmp_path / "last.json", {})
+    assert following(5, items, tmp_path) is None  # `other` goes on from what is not done
+    write_json(tmp_path / "handover" / "run.json", {"files": ["labels.csv"]})
+    assert following(10, items, tmp_path) == items[2]
+    write_json(tmp_path / "handover" / "run.json", {"files": ["labels.csv", "stages/cluster.json"]})
+    assert following(5, items, tmp_path) == items[3]
+    write_json(tmp_path / "other.json", {"rows": []})
     assert following(10, items, tmp_path) is None and following(30, items, tmp_path) == items[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("table 2", 30), ("table 3", 10), ("figure 3", 2), ("frozen ViT-Tiny", 6), ("selection", 16)]
+)
+def test_an_item_is_done_when_its_last_seed_or_cell_is(tmp_path, name, count):
+    item = next(item for item in QUEUE if item.name == name)
+    assert len(item.rows) == count
+    write_json(tmp_path / item.result, {"rows": item.rows[:-1]})
+    assert not item.done(tmp_path)
+    write_json(tmp_path / item.result, {"rows": item.rows})
+    assert item.done(tmp_path)
 
 
 def test_it_can_be_asked(capsys, monkeypatch):

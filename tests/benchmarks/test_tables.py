@@ -27,9 +27,10 @@ from benchmarks import (
     table4,
 )
 from benchmarks.experiment import configuration, read_options, with_present_sets
+from benchmarks.handover import pack
 from benchmarks.record import summary
 from sdood_plugin import run as running
-from sdood_plugin.artifacts import file_hash, read_csv, read_json, value_hash, write_tensors, write_text
+from sdood_plugin.artifacts import file_hash, read_csv, read_json, value_hash, write_json, write_tensors, write_text
 from sdood_plugin.config import CompareConfig, ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
 from sdood_plugin.outliers.dataset import OutlierSet
@@ -102,11 +103,14 @@ def test_rows_are_written_before_the_paired_differences(place, monkeypatch):
     assert {row["method"] for row in read_json(place / "table1-tiny-cut.json")["rows"]} >= {"sdood", "distance"}
 
 
-def test_scores_of_a_seed_are_found_where_an_earlier_slot_kept_them(place):
+def test_scores_of_a_seed_are_found_where_an_earlier_slot_kept_them(place, monkeypatch):
     options = read_options("table9", "", ["--size", "gpu"])
-    assert options.scored(0) == experiment.RESULTS / "handover" / "table9-gpu-0"
-    options.folder(0).mkdir(parents=True)
-    assert options.scored(0) == options.folder(0)
+    scores = options.folder(0) / "table4" / "scores-id.csv"
+    write_text(scores, "path,sdood\n")
+    monkeypatch.setattr(experiment, "RESULTS", place.parent)
+    pack(options.folder(0), place.parent / "handover")
+    shutil.rmtree(options.folder(0))
+    assert experiment.begun(options, 0) == options.folder(0) and scores.read_text() == "path,sdood\n"
 
 
 def test_the_labelled_table_1_holds_its_methods_and_reads_test_images_after_the_score_is_fixed(place, reads):
@@ -233,6 +237,28 @@ def test_a_table4_that_goes_on_pairs_the_seeds_of_earlier_calls_too(place):
     for row in result["paired"]:
         gap = means["sdood", row["ood"]] - means[row["method"], row["ood"]]
         assert row["difference"] == pytest.approx(gap, abs=1e-3)
+
+
+def test_table3_makes_the_cells_it_shows_and_no_others(place, monkeypatch):
+    monkeypatch.setattr(table2, "run_cells", _cells(made := []))
+    rows = table3.main(["--size", "tiny", "--start-from", "other", "--suffix=-a"])
+    (options, wanted) = made[0]
+    assert options.start_from == "other" and options.name == "table2-tiny-a" and wanted == table2.grid("tiny")[:1]
+    result = read_json(place / "table3-tiny-a.json")
+    assert result["rows"] == rows and {row["guidance_weight"] for row in rows} == {2.0}
+    assert result["seeds"] == [0, 4] == [row["seed"] for row in rows]
+
+
+def _cells(calls):
+    """`run_cells` of a table 2 that has another seed and other cells already."""
+
+    def run_cells(options, wanted):
+        calls.append((options, wanted))
+        rows = [{**cell, "seed": seed} for seed in (0, 4) for cell in table2.grid("tiny")]
+        write_json(options.result, {"command": "x", "wall_s": 1.0, "rows": rows})
+        return rows
+
+    return run_cells
 
 
 @pytest.mark.parametrize("script", [fig2, fig3])
