@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import torch
 
+from sdood_plugin.config import DiffusionConfig, OutliersConfig
 from sdood_plugin.outliers.files import encode
 from sdood_plugin.outliers.manifest import COLUMNS, write_lists
 from sdood_plugin.outliers.writer import make_folders, store
@@ -36,5 +38,16 @@ def write_set(folder: Path, images: torch.Tensor, **columns) -> Path:
         store(folder, name, content)
     filled |= {"file": names, "sha256": [hashlib.sha256(content).hexdigest() for content in data]}
     rows = [[filled[name][row] if name in filled else "" for name in COLUMNS] for row in range(count)]
-    write_lists(folder, rows, COLUMNS, {"key": "made by hand", "classes": 3})
+    meta = {
+        "key": "made by hand",
+        "classes": 3,
+        "seed": 0,
+        "image_size": images.shape[-1],
+        "config": dataclasses.asdict(OutliersConfig(mode=filled["mode"][0])),
+        "diffusion": dataclasses.asdict(DiffusionConfig()),
+        "unet_sha256": "no U-Net",
+        "reference_sha256": "a reference",
+        "versions": {"sdood_plugin": "0"},
+    }
+    write_lists(folder, rows, COLUMNS, meta)
     return folder
