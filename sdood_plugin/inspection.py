@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .artifacts import write_json, write_tensors
+from .artifacts import read_json, write_json, write_tensors
 from .config import RunConfig
 from .context import Context
 from .data.images import spread
@@ -76,15 +76,21 @@ def inspect_folder(config: RunConfig, made: Path, out: Path) -> Path:
     return write_quality_page(out)
 
 
+def took_substitute(folder: Path) -> bool:
+    """Whether an inspection's distances are over other features than those asked for, which could not be had then."""
+    path = folder / "quality.json"
+    return path.exists() and any("instead_of" in found["fidelity"] for found in read_json(path).values())
+
+
 def _write_triplets(run: Context, path: Path, sets: dict[str, Any], seen: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Sources spread over the set, their controls and their outliers, and the class each is seen as."""
     made = sets["outliers"]
     rows = spread(len(made), min(TRIPLETS, len(made)))
     sources = made.sources[rows]
-    strips = {"source": run.train.images[sources], "outlier": made.images[rows]}
+    strips = {"source": run.train.images[sources], "outlier": made.read(rows)}
     if "controls" in sets:
         position = {source: row for row, source in enumerate(sets["controls"].sources.tolist())}
-        strips["control"] = sets["controls"].images[[position[source] for source in sources.tolist()]]
+        strips["control"] = sets["controls"].read(torch.tensor([position[source] for source in sources.tolist()]))
     write_tensors(path, {**strips, **{f"{name}_said": seen(images) for name, images in strips.items()}})
 
 
@@ -95,7 +101,8 @@ def _write_grids(folder: Path, made: Any) -> None:
     chosen, tensors = grids(made), {}
     for name, grid in chosen.items():
         index = torch.tensor(grid.pop("index"))
-        tensors[name] = made.images[index.clamp(min=0)]
+        rows, place = index.clamp(min=0).unique(return_inverse=True)
+        tensors[name] = made.read(rows)[place]
         tensors[name][index < 0] = 255
     write_tensors(folder / "grids.safetensors", tensors)
     write_json(folder / "grids.json", chosen)

@@ -204,7 +204,7 @@ def _run_stage(stage: Stage, context: Context) -> str:
     if stage.name == "generate" and not context.config.outliers.controls:
         outputs = outputs[:1]
     context.accelerator.wait_for_everyone()  # every process has read the record before one may remove it
-    if record is not None and record["key"] == key and not _lost(record, context.folder):
+    if record is not None and record["key"] == key and not _lost(stage, record, context.folder):
         log.info("%s: done, skipped", stage.name)
         return "done"
     if record is not None:
@@ -241,9 +241,10 @@ def _files(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def _lost(record: dict[str, Any], folder: Path) -> bool:
-    """Whether files that a finished stage wrote are gone."""
-    return any(len(_files(folder / output)) < count for output, count in record["outputs"].items())
+def _lost(stage: Stage, record: dict[str, Any], folder: Path) -> bool:
+    """Whether files that a finished stage wrote are gone, or were provisional."""
+    gone = any(len(_files(folder / output)) < count for output, count in record["outputs"].items())
+    return gone or stage.provisional(folder / stage.folder)
 
 
 def is_current(stage: Stage, context: Context) -> bool:
@@ -252,7 +253,7 @@ def is_current(stage: Stage, context: Context) -> bool:
     if not record_path.exists() or not all(is_current(need, context) for need in stage.needed(context.config)):
         return False
     record = read_json(record_path)
-    return record["key"] == value_hash(_key_parts(stage, context)) and not _lost(record, context.folder)
+    return record["key"] == value_hash(_key_parts(stage, context)) and not _lost(stage, record, context.folder)
 
 
 def _clear(stage: Stage, context: Context, key: str) -> None:
@@ -288,7 +289,7 @@ def _why(old: dict[str, Any], new: dict[str, Any]) -> str:
             ]
         else:
             reasons.append(f"{name} changed" + (f" from {before} to {after}" if isinstance(after, (int, float)) else ""))
-    return "; ".join(reasons) or "its files are gone"
+    return "; ".join(reasons) or "its files are gone or provisional"
 
 
 def _write_metrics(context: Context) -> None:

@@ -26,6 +26,7 @@ class Stage:
         sees_tests: Whether it reads the test images.
         keeps: Whether it decides itself what of an earlier configuration's files can stay.
         wanted: Whether a configuration has any use of it.
+        provisional: Whether what it wrote to its folder may come out better the next time, with the same settings.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     sees_tests: bool = False
     keeps: bool = False
     wanted: Callable[[RunConfig], bool] = lambda _config: True
+    provisional: Callable[[Path], bool] = lambda _folder: False
 
     def needed(self, config: RunConfig) -> list[Stage]:
         """The stages it reads artefacts of under a configuration."""
@@ -80,6 +82,7 @@ STAGES = (
         ("cluster", "generate", "train-reference"),
         inspection.inspect,
         ("inspection",),
+        provisional=inspection.took_substitute,
     ),
     Stage(
         "train-detector",
