@@ -54,7 +54,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def only_process(folder: Path, what: str) -> Iterator[None]:
-    """Hold a folder, made where there is none, against other processes until the block ends.
+    """Hold a folder, made where there is none, against other processes until the block ends; nothing of the lock stays.
 
     Args:
         folder: The folder.
@@ -63,18 +63,24 @@ def only_process(folder: Path, what: str) -> Iterator[None]:
     Raises:
         RunError: Another process holds it, or it cannot be written.
     """
+    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise disk_error(folder, error) from error
     with os.fdopen(handle, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise OSError("a lock that its holder has removed since, and another one in its place")
         except OSError as error:
             busy = "in use by another process"
             raise RunError(f"{what} {folder}", busy, "one process at a time", "wait for it or choose another folder") from error
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # before it is let go: who opened it meanwhile sees that it is gone
 
 
 def _umask() -> int:

@@ -78,6 +78,7 @@ def build_parser() -> ArgumentParser:
                     "--quality", action="store_true", help="FID, KID, precision and recall: --inspection.features inception"
                 )
             if name == "generate":
+                command.add_argument("--mode", type=str, help="other, same, away or blend: --outliers.mode")
                 command.add_argument("--preview", type=int, help="only draw this many triplets, as preview.png of the run folder")
                 command.add_argument("--shard", type=str, help="i/n: only make the i-th of n parts, below RUN/shards")
                 command.add_argument("--merge", action="store_true", help="put the shards below RUN/shards together")
@@ -110,8 +111,8 @@ def expand_shortcuts(arguments: Sequence[str]) -> list[str]:
     """The arguments with the shortcuts spelt out, so that explicit settings still come last and win.
 
     `--images X` stands for settings that replace all images of the configuration, `--labels F` for settings that replace
-    its clustering, `--method M`, which may be repeated, for the list of comparators; a run folder's own config.yaml is the
-    configuration where none is given.
+    its clustering, `--method M`, which may be repeated, for the list of comparators, `--mode M` of `generate` for what
+    guidance points to; a run folder's own config.yaml is the configuration where none is given.
     """
     if arguments[0] == "score":
         return list(arguments)  # its images are no settings
@@ -122,7 +123,7 @@ def expand_shortcuts(arguments: Sequence[str]) -> list[str]:
     index = 0
     while index < len(arguments):
         name, equals, value = arguments[index].partition("=")
-        if name in ("--config", "--images", "--labels", "--out", "--method"):
+        if name in ("--config", "--images", "--labels", "--out", "--method") or (name, arguments[0]) == ("--mode", "generate"):
             if not equals and index + 1 == len(arguments):
                 rest.append(name)  # the parser says what is missing
                 break
@@ -163,6 +164,8 @@ def expand_shortcuts(arguments: Sequence[str]) -> list[str]:
         shortcuts += ["--clustering.method", "given", "--clustering.labels", values["--labels"]]
     if methods:
         shortcuts += ["--compare.methods", f"[{','.join(methods)}]"]
+    if "--mode" in values:
+        shortcuts += ["--outliers.mode", values["--mode"]]
     if "--quality" in values:
         shortcuts += ["--inspection.features", "inception"]
     return [*rest[:1], *configs, *shortcuts, *rest[1:]]
@@ -226,8 +229,8 @@ def _dispatch(command: str, chosen: Namespace) -> int:
 
         print(draw_report(folder))
         return 0
-    for name, setting in (("images", "data.train.path"), ("labels", "clustering.labels")):
-        if chosen[name] is not None:  # `expand_shortcuts` has spelt out those of the command line
+    for name, setting in (("images", "data.train.path"), ("labels", "clustering.labels"), ("mode", "outliers.mode")):
+        if chosen.get(name) is not None:  # `expand_shortcuts` has spelt out those of the command line
             raise UsageError(f"{name} in the configuration", chosen[name], f"`{setting}` there", f"or give --{name}")
     config = run_config(chosen)
     if chosen.get("FOLDER") is not None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DModel
 
-from .artifacts import file_hash
+from .artifacts import file_hash, provenance
+from .backbones import HUB
 from .context import Context
 from .data.images import spread
 from .detector.network import load_network
@@ -87,9 +88,31 @@ def recipes(run: Context) -> dict[str, Recipe]:
         run.seed("outliers"),
         file_hash(run.folder / "diffusion" / "unet.safetensors"),
         file_hash(run.folder / "reference" / "reference.safetensors"),
+        run.heldout,
+        _origin(run),
     )
     same = dataclasses.replace(outliers, config=dataclasses.replace(config, mode="same", per_source=1))
     return {"controls": same, "outliers": outliers} if config.controls else {"outliers": outliers}
+
+
+def _origin(run: Context) -> dict[str, str | None]:
+    """Where images, labels and reference network of a run come from: names, hashes of weights, no paths."""
+    data, clustering, detector = run.config.data.train, run.config.clustering, run.config.detector
+    given = clustering.method == "given"
+    return {
+        "data": "demo" if data.path == "demo" else Path(data.path).resolve().name,
+        "label_source": clustering.method,
+        "label_backbone": None if given else clustering.backbone,
+        "label_weights": None if given else _weights(clustering.weights),
+        "reference_backbone": detector.backbone,
+        "reference_weights": _weights(detector.weights),
+        "commit": provenance(())["commit"],
+    }
+
+
+def _weights(name: str | None) -> str:
+    """What a network started from: `random` weights, timm's own (`hub`), or those of a file by its hash."""
+    return "random" if name is None else name if name == HUB else file_hash(Path(name))
 
 
 def load_sampler(run: Context) -> UNet2DModel:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .artifacts import write_json, write_tensors
+from .artifacts import read_json, write_json, write_tensors
 from .config import RunConfig
 from .context import Context
 from .data.images import spread
@@ -83,15 +83,21 @@ def inspect_folder(config: RunConfig, made: Path, out: Path) -> Path:
     return write_quality_page(out)
 
 
+def whole(run: Context) -> bool:
+    """Whether the distances are over the features that were asked for, not over those that could be had instead."""
+    found = read_json(run.folder / "inspection" / "quality.json")
+    return not any("instead_of" in one["fidelity"] for one in found.values())
+
+
 def _write_triplets(run: Context, path: Path, sets: dict[str, Any], seen: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Sources spread over the set, their controls and their outliers, and the class each is seen as."""
     made = sets["outliers"]
     rows = spread(len(made), min(TRIPLETS, len(made)))
     sources = made.sources[rows]
-    strips = {"source": run.train.images[sources], "outlier": made.images[rows]}
+    strips = {"source": run.train.images[sources], "outlier": made.read(rows)}
     if "controls" in sets:
         position = {source: row for row, source in enumerate(sets["controls"].sources.tolist())}
-        strips["control"] = sets["controls"].images[[position[source] for source in sources.tolist()]]
+        strips["control"] = sets["controls"].read(torch.tensor([position[source] for source in sources.tolist()]))
     write_tensors(path, {**strips, **{f"{name}_said": seen(images) for name, images in strips.items()}})
 
 
@@ -102,7 +108,8 @@ def _write_grids(folder: Path, made: Any) -> None:
     chosen, tensors = grids(made), {}
     for name, grid in chosen.items():
         index = torch.tensor(grid.pop("index"))
-        tensors[name] = made.images[index.clamp(min=0)]
+        rows, place = index.clamp(min=0).unique(return_inverse=True)
+        tensors[name] = made.read(rows)[place]
         tensors[name][index < 0] = 255
     write_tensors(folder / "grids.safetensors", tensors)
     write_json(folder / "grids.json", chosen)

@@ -218,7 +218,9 @@ def _run_stage(stage: Stage, context: Context, *, asked: bool) -> str:
         log.info("%s: done, skipped", stage.name)
         return "done"
     if record is not None:
-        log.info("%s: runs again: %s", stage.name, changes(record["parts"], parts) or "files of it are gone or were changed")
+        log.info(
+            "%s: runs again: %s", stage.name, changes(record["parts"], parts) or "its files are gone, changed or a substitute"
+        )
     else:
         log.info("%s", stage.name)
     folder = context.folder / stage.folder

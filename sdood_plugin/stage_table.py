@@ -26,7 +26,7 @@ class Stage:
         sees_tests: Whether it reads the test images.
         keeps: Whether it decides itself what of an earlier configuration's files can stay.
         wanted: Whether a configuration has any use of it.
-        whole: Whether its files are what they were when it was done; looked at where the stage is the one that is asked for.
+        whole: Whether its files are what they should be, once it is done; looked at where the stage is the one that is asked for.
     """
 
     name: str
@@ -83,6 +83,7 @@ STAGES = (
         ("cluster", "generate", "train-reference"),
         inspection.inspect,
         ("inspection",),
+        whole=inspection.whole,
     ),
     Stage(
         "train-detector",

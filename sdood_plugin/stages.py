@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from .detector.training import Labelled, train_detector
 from .features import evaluating, extract
 from .metrics import clustering_metrics
 from .training import place
+
+log = logging.getLogger(__name__)
 
 
 def write_curves(path: Path, history: dict[str, list[float]]) -> None:
@@ -107,8 +111,25 @@ def train_reference(run: Context, folder: Path, key: str) -> None:
 
 
 def train_three_heads(run: Context, folder: Path, key: str) -> None:
-    """The detector's weights."""
+    """The detector's weights, and selection.json: which outliers it was given."""
     train_network(run, folder, key, "detector", read_outliers(run, "outliers", False), read_outliers(run, "controls", False))
+    if run.is_main:
+        _write_selection(run, folder / "selection.json")
+
+
+def _write_selection(run: Context, path: Path) -> None:
+    """How many outliers `selection` kept, of training and of held-out sources, and how many it dropped and why."""
+    from .outliers.dataset import OutlierSet
+    from .outliers.subset import select
+
+    made = OutlierSet(run.folder / "outliers")
+    chosen = select(made, run.config.selection)
+    heldout = int((chosen.kept & run.heldout[made.sources]).sum())
+    found = {"count": len(made), "kept": int(chosen.kept.sum()), "kept_of_heldout_sources": heldout, "dropped": chosen.dropped}
+    write_json(path, {**dataclasses.asdict(run.config.selection), **found})
+    if chosen.dropped:
+        reasons = ", ".join(f"{count} {name}" for name, count in chosen.dropped.items())
+        log.info("selection: %d of %d outliers kept; dropped %s", found["kept"], len(made), reasons)
 
 
 def calibrate(run: Context, folder: Path, key: str) -> None:

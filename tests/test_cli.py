@@ -158,6 +158,20 @@ def test_images_given_replace_those_of_the_configuration():
     assert spelt[-2:] == ["--out", "o"] and "--images" not in spelt
 
 
+def test_the_mode_of_generate_has_a_short_name():
+    spelt = expand_shortcuts(["generate", "--mode", "other", "--outliers.mode", "blend", "--config", "a.yml", "--out", "o"])
+    assert spelt == ["generate", "--config", "a.yml", "--outliers.mode", "other", "--outliers.mode", "blend", "--out", "o"]
+    assert expand_shortcuts(["generate", "--mode=same"]) == ["generate", "--outliers.mode", "same"]
+    assert expand_shortcuts(["run", "--mode", "other"]) == ["run", "--mode", "other"]  # which the parser refuses
+
+
+@pytest.mark.parametrize("command", ["generate", "run"])
+def test_a_mode_that_is_none_is_refused(command, tmp_path, capsys):
+    assert main([command, "--mode", "sideways", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert ("sideways" if command == "generate" else "unrecognized") in error.lower() and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yml")))
 def test_every_configuration_is_valid(name):
     assert isinstance(read_config(ROOT / "configs" / name), RunConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +29,13 @@ from sdood_plugin.config import (
     OutliersConfig,
     RunConfig,
     ScoringConfig,
+    SelectionConfig,
 )
 from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.generation import load_judge
+from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.plan import describe_plan
+from sdood_plugin.report.page import write_report
 from sdood_plugin.run import run
 
 
@@ -61,7 +66,7 @@ def tiny_config(**changes) -> RunConfig:
 
 def artefacts(folder: Path) -> dict[str, bytes]:
     """Bytes of everything a run makes that is not about when or how it was called."""
-    told = {"run.json", "config.yaml", ".lock"}
+    told = {"run.json", "config.yaml"}
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -74,6 +79,58 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     assert set(run(tiny_config(), folder).values()) == {"ran"}
     return folder
+
+
+def test_outliers_and_controls_are_inspected_beside_their_sources(finished, tmp_path):
+    run = context.Context(tiny_config(), finished)
+    quality = json.loads((finished / "inspection" / "quality.json").read_text())
+    assert set(quality) == {"outliers", "controls"}
+    seen = load_judge(run)(run.train.images)[1].argmax(dim=1)
+    for name, found in quality.items():
+        rows = list(OutlierSet(finished / name).manifest)
+        right = [int(seen[int(row["source_index"])]) == int(row["source_label"]) for row in rows]
+        assert found["source_accuracy"] == pytest.approx(100 * sum(right) / len(right)) and found["count"] == 24
+        assert [row["heldout"] for row in rows] == [str(int(run.heldout[int(row["source_index"])])) for row in rows]
+    shutil.copytree(finished, tmp_path / "copy")  # a report is among the artefacts that other tests compare
+    page = write_report(tmp_path / "copy").read_text()
+    assert f"<td>24</td><td>{quality['outliers']['source_accuracy']:.1f}</td>" in page and "outliers were used" not in page
+
+
+def test_the_meta_of_a_run_tells_where_labels_and_models_come_from(finished):
+    meta = json.loads((finished / "outliers" / "meta.json").read_text())
+    assert (meta["data"], meta["label_source"], meta["label_weights"]) == ("demo", "kmeans", "random")
+    assert (meta["reference_backbone"], meta["reference_weights"], meta["training_images"]) == ("small_cnn", "random", 90)
+    assert "trained on training images only" in (finished / "outliers" / "README.md").read_text()
+
+
+def test_what_a_selection_drops_is_recorded_and_told(finished, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert json.loads((copy / "detector" / "selection.json").read_text())["dropped"] == {}
+    near = sorted(float(row["nearest_train_distance"]) for row in OutlierSet(copy / "outliers").manifest)[5]
+    with caplog.at_level("INFO", logger="sdood_plugin"):
+        run(tiny_config(selection=SelectionConfig(duplicate_distance=near)), copy, "train-detector")
+    found = json.loads((copy / "detector" / "selection.json").read_text())
+    assert (found["count"], found["kept"], found["dropped"]) == (24, 19, {"duplicate": 5})
+    assert "19 of 24 outliers kept; dropped 5 duplicate" in caplog.text
+    heldout = context.Context(tiny_config(), copy).heldout
+    rows = [row for row in OutlierSet(copy / "outliers").manifest if float(row["nearest_train_distance"]) >= near]
+    assert found["kept_of_heldout_sources"] == sum(bool(heldout[int(row["source_index"])]) for row in rows)
+    write_report(copy)
+    page = (copy / "report.html").read_text()
+    assert "19 of 24 outliers were used" in page and "5 duplicate" in page
+
+
+def test_an_inspection_with_substituted_features_runs_again(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    path = copy / "inspection" / "quality.json"
+    quality = json.loads(path.read_text())
+    quality["outliers"]["fidelity"]["instead_of"] = "Inception-v3 (FID)"
+    path.write_text(json.dumps(quality))
+    assert run(tiny_config(), copy, "inspect")["inspect"] == "ran"
+    assert path.read_bytes() == (finished / "inspection" / "quality.json").read_bytes()
+    assert run(tiny_config(), copy, "inspect")["inspect"] == "done"
 
 
 def test_a_run_folder_tells_its_story(finished):
@@ -148,8 +205,6 @@ def test_the_plan_says_what_is_done(finished):
     ],
 )
 def test_a_changed_setting_reruns_what_depends_on_it(finished, tmp_path, change, reruns, caplog):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     with caplog.at_level("INFO", logger="sdood_plugin"):
@@ -214,8 +269,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(finished, tmp_path):
 
 def test_two_processes_make_the_same_outliers(finished, tmp_path):
     """The outlier set of two processes is that of one, byte for byte."""
-    import shutil
-
     folder = tmp_path / "two"
     shutil.copytree(finished, folder)
     for name in ("outliers", "controls", "stages/generate.json"):
@@ -236,6 +289,7 @@ def test_two_writers_are_refused(finished):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RunError, match="in use by another process"):
             run(tiny_config(), finished)
+    (finished / ".lock").unlink()
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path):
@@ -261,8 +315,6 @@ def test_a_run_folder_among_its_images_is_refused(tmp_path):
 
 
 def test_metrics_of_another_configuration_are_left_out(finished, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     run(tiny_config(scoring=ScoringConfig(k_distance=3)), copy, only="train-detector")
@@ -297,8 +349,6 @@ def test_one_stage_runs_with_what_it_needs(tmp_path):
     ],
 )
 def test_a_lost_output_is_made_again(finished, tmp_path, lost, stage, after):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / lost).unlink()
@@ -308,8 +358,6 @@ def test_a_lost_output_is_made_again(finished, tmp_path, lost, stage, after):
 
 
 def test_a_full_disk_leaves_earlier_stages_untouched(finished, tmp_path, monkeypatch):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     before = artefacts(copy)

@@ -45,6 +45,11 @@ def test_a_preview_draws_triplets_and_touches_no_set(folder, capsys):
     assert main(["generate", "--out", str(folder), "--preview", "0"]) == 2
 
 
+def test_the_mode_is_given_by_its_short_name(folder):
+    assert main(["generate", "--out", str(folder), "--mode", "other", "--outliers.controls", "false"]) == 0
+    assert {row["mode"] for row in OutlierSet(folder / "outliers").manifest} == {"other"}
+
+
 def test_shards_merge_to_the_set_of_one_call(folder, tmp_path, capsys):
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)

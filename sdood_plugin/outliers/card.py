@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,49 +13,55 @@ from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 from ..artifacts import atomic_path, write_text
+from ..config import KINDS, SelectionConfig
 from ..data.images import spread
 from .dataset import OutlierSet
 from .manifest import MEANINGS
+from .quality import NEAR_DUPLICATE
+from .select import kinds, read_verdicts
 
 EXAMPLES, SHOWN_SIDE = 12, 64
 
-_CARD = """# {count:,} {what}
+_CARD = """# {title}
 
-![Examples]({figure})
+![Examples](examples.png)
 
 One column an image, from top to bottom: {strips}.
 
-Made by `sdood generate` (sdood_plugin {version}): every source image was noised to S and denoised by a class-conditional
-diffusion model, guided {guided}.
+Made by `sdood generate` (sdood_plugin {version}{commit}): every source image was noised to S and denoised by a
+class-conditional diffusion model, guided {guided}. To make it again: `sdood generate --config config.yaml --out NEW`, with
+config.yaml of the run folder and the source images.
 
-| | |
-|---|---|
 {facts}
 
 ## What is here
 
 - `images/`: {format}, {side} x {side}, a folder for every 1,000 sources.
-- `imglist.txt`: `file label`, one line an image. **The label is the SOURCE image's pseudo-label**, not what the image shows.
+- `imglist.txt`: `file label`, one line an image. **The label is that of the SOURCE image ({label})**, not what the image shows.
 - `manifest.csv`: one row an image, columns below.
 - `meta.json`: settings, hashes of the models, of the sources and of the manifest, versions.
 
-Nothing was selected: images that still show their source's class and images that plainly show another are among these; the
-manifest says which (`sdood select` makes a subset).
+{selected}
 
-| column | |
-|---|---|
+{heldout}
+
 {columns}
 
 ## By label
 
-| label | images |{seen_head}
-|---|---|{seen_rule}
 {labels}
 
-## Terms
+Frechet distance (FID with Inception weights), kernel distance, precision, recall and diversity, each with its n, are in
+`inspection/quality.json` of the run folder; `sdood inspect FOLDER --quality --images SOURCES --out REPORT` measures them again.
 
-The images derive from the source images and inherit their licence and terms; nothing is added to them here. They are made for
-training and testing out-of-distribution detectors. They carry over what the sources show, people and private things included.
+## Terms and citation
+
+The images derive from the source images{data}: the licence and the terms of the SOURCE images hold for them, nothing is
+added to them here. They are made for training and testing out-of-distribution detectors. They carry over what the sources
+show, people and private things included.
+
+Cite the source images as their authors ask, and the method: Yoon et al., *Diffusion-based Semantic-Discrepant Outlier
+Generation for Out-of-Distribution Detection*; made with sdood_plugin {version}.
 """
 _GUIDED = {
     "other": "towards one wrong class, drawn at random",
@@ -64,56 +71,142 @@ _GUIDED = {
 }
 
 
-def write_card(folder: Path, sources: torch.Tensor, controls: Path | None = None) -> None:
+def write_card(folder: Path, sources: torch.Tensor | None = None, controls: Path | None = None) -> None:
     """Write README.md and examples.png beside the lists of a finished set.
 
     Args:
         folder: The set.
-        sources: uint8 (N, 3, H, W), the images it was made of.
+        sources: uint8 (N, 3, H, W), the images it was made of, to show above their outliers.
         controls: A finished set of same-class controls to show between sources and outliers.
     """
     made = OutlierSet(folder)
+    meta, config = made.meta, made.meta["config"]
     strips = _examples(made, sources, OutlierSet(controls) if controls is not None else None)
     _write_figure(folder / "examples.png", list(strips.values()))
-    counts = Counter(made.labels.tolist())
-    stayed = Counter(int(row["source_label"]) for row in made.manifest if row["predicted_after"] == row["source_label"])
-    judged = bool(made.meta["reference_sha256"])
-    config, mode = made.meta["config"], made.meta["config"]["mode"]
-    facts = {
-        "mode": mode,
-        "guidance weight w": "unused" if mode == "same" else config["guidance_weight"],
-        "S / T": config["start_fraction"],
-        "sampler": f"{config['sampler']}, {config['sampling_steps']} steps",
-        "sources": f"{len(made.sources.unique()):,}, {config['per_source']} each",
-        "classes": made.meta["classes"],
-        "seed": made.meta["seed"],
-        "U-Net": f"`{made.meta['unet_sha256'][:12]}`",
-        "reference classifier": f"`{made.meta['reference_sha256'][:12]}`, trained on training images only" if judged else "none",
-    }
+    what = "same-class controls" if config["mode"] == "same" else "semantic-discrepant outliers"
+    chosen, data = meta.get("selections", []), meta.get("data")
     text = _CARD.format(
-        count=len(made),
-        what="same-class controls" if mode == "same" else "semantic-discrepant outliers",
-        figure="examples.png",
+        title=f"{len(made):,} {what}" + (f", selected from {chosen[0]['of']['count']:,}" if chosen else ""),
         strips=", ".join(strips),
-        version=made.meta["versions"]["sdood_plugin"],
-        guided=_GUIDED[mode],
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        version=meta["versions"]["sdood_plugin"],
+        commit=f", commit {meta['commit']}" if meta.get("commit") else "",
+        guided=_GUIDED[config["mode"]],
+        facts=_table(("", ""), _facts(made).items()),
         format={"png": "PNG", "webp": "lossless WebP"}[config["format"]],
-        side=made.meta["image_size"],
-        columns="\n".join(f"| `{name}` | {MEANINGS[name]} |" for name in made.manifest.columns),
-        seen_head=" still seen as it |" if judged else "",
-        seen_rule="---|" if judged else "",
-        labels="\n".join(
-            f"| {label} | {counts[label]:,} |" + (f" {stayed[label]:,} |" if judged else "") for label in sorted(counts)
-        ),
+        side=meta["image_size"],
+        label=_label(meta),
+        selected=_selected(chosen),
+        heldout=_heldout(meta),
+        columns=_table(("column", ""), ((f"`{name}`", MEANINGS[name]) for name in made.manifest.columns)),
+        labels=_by_label(made),
+        data=f" ({data})" if data else "",
     )
     write_text(folder / "README.md", text)
 
 
-def _examples(made: OutlierSet, sources: torch.Tensor, controls: OutlierSet | None) -> dict[str, torch.Tensor]:
-    """Source, control and outlier of a few sources spread over the set: uint8 (K, 3, H, W) each."""
+def _facts(made: OutlierSet) -> dict[str, Any]:
+    """What a set was made with, by name."""
+    meta, config = made.meta, made.meta["config"]
+    total = f" of the {meta['training_images']:,} training images" if "training_images" in meta else ""
+    weights = _trained_from(meta.get("reference_weights"))
+    judge = f"`{meta['reference_sha256'][:12]}`, {meta.get('reference_backbone', 'a network')} {weights}"
+    started = meta.get("label_weights")
+    clusterer = f" on features of {meta['label_backbone']} {_trained_from(started)}" if started else ""
+    return {
+        "data": meta.get("data", "not recorded"),
+        "sources": f"{len(made.sources.unique()):,}{total}, {config['per_source']} outliers made of each",
+        "labels": _label(meta) + clusterer,
+        "classes": meta["classes"],
+        "mode": config["mode"],
+        "guidance weight w": "unused" if config["mode"] == "same" else config["guidance_weight"],
+        "S / T": config["start_fraction"],
+        "T": meta["diffusion"]["timesteps"],
+        "sampler": f"{config['sampler']}, {config['sampling_steps']} steps",
+        "seed": meta["seed"],
+        "U-Net": f"`{meta['unet_sha256'][:12]}`, trained from random weights",
+        "reference classifier": judge if meta["reference_sha256"] else "none",
+    }
+
+
+def _label(meta: dict[str, Any]) -> str:
+    """What a set's labels are."""
+    source = meta.get("label_source")
+    return {None: "its origin was not recorded", "given": "a given label"}.get(source, f"a pseudo-label: its cluster by {source}")
+
+
+def _trained_from(weights: str | None) -> str:
+    """How a network came to its weights; `weights` as in meta.json."""
+    if weights is None:
+        return "trained on training images; what weights it started from was not recorded"
+    if weights == "random":
+        return "trained on training images only"
+    return f"fine-tuned on training images from pre-trained weights {'of timm' if weights == 'hub' else f'`{weights[:12]}`'}"
+
+
+def _selected(chosen: list[dict[str, Any]]) -> str:
+    """What was dropped, selection by selection."""
+    if not chosen:
+        return (
+            "Nothing was selected: images that still show their source's class and images that plainly show another are among\n"
+            "these; the manifest says which (`sdood select` makes a subset)."
+        )
+    lines = ["Made smaller by `sdood select`; what the cards of the sets before say is not repeated here.", ""]
+    for step in chosen:
+        of, near = step["of"], step["duplicate_distance"]
+        dropped = ", ".join(f"{count:,} {name}" for name, count in step["dropped"].items()) or "nothing"
+        lines.append(
+            f"- of {of['count']:,} (manifest `{of['manifest_sha256'][:12]}`) kept {' and '.join(step['keep'])},"
+            f" a flip being another class with more than {step['flip_confidence']} confidence"
+            + (f", no duplicate nearer than {near}" if near is not None else "")
+            + f"; dropped {dropped}"
+        )
+    return "\n".join(lines)
+
+
+def _heldout(meta: dict[str, Any]) -> str:
+    """Which sources the models have not seen."""
+    if "heldout_images" not in meta:
+        return "Which sources were held out of the training of the models was not recorded."
+    return (
+        f"{meta['heldout_images']:,} of the {meta['training_images']:,} training images were held out when diffusion model and\n"
+        "reference classifier were trained, and are among the sources all the same (column `heldout`). The protocol: train a\n"
+        "detector on the outliers of the others, calibrate it on those of held-out sources."
+    )
+
+
+def _by_label(made: OutlierSet) -> str:
+    """Images of each label and, where a reference classifier has judged them, of each kind."""
+    labels, total = made.labels, made.labels >= 0
+    columns = {"images": total}
+    note = ""
+    if made.meta["reference_sha256"]:
+        verdicts, sure = read_verdicts(made.manifest, made.folder), SelectionConfig().flip_confidence
+        found = kinds(verdicts, sure)
+        columns |= {name: found == number for number, name in enumerate(KINDS)}
+        columns["near copies"] = verdicts.nearest < NEAR_DUPLICATE
+        note = (
+            f"\n\nstay: the reference classifier sees the source's label; flip: another class with more than {sure} confidence;\n"
+            f"ambiguous: neither; near copies: nearer than {NEAR_DUPLICATE} to a training image."
+        )
+    groups = {**{str(label): labels == label for label in labels.unique().tolist()}, "all": total}
+    rows = ((name, *(f"{int((group & column).sum()):,}" for column in columns.values())) for name, group in groups.items())
+    return _table(("label", *columns), rows) + note
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", r"\|")
+
+
+def _examples(made: OutlierSet, sources: torch.Tensor | None, controls: OutlierSet | None) -> dict[str, torch.Tensor]:
+    """Outliers spread over the set, with their sources and controls where these are given: uint8 (K, 3, H, W) each."""
     rows = spread(len(made), min(EXAMPLES, len(made)))
-    strips = {"source": sources[made.sources[rows]]}
+    strips = {"source": sources[made.sources[rows]]} if sources is not None else {}
     if controls is not None:
         position = {source: row for row, source in enumerate(controls.sources.tolist())}
         strips["same-class control"] = controls.read(torch.tensor([position[source] for source in made.sources[rows].tolist()]))

@@ -12,14 +12,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..artifacts import atomic_path
+from ..artifacts import atomic_path, write_bytes
 from ..errors import UsageError
 from .dataset import OutlierSet
-from .files import checked_file
+from .files import checked_file, read_file
+from .manifest import open_manifest
 
 SAMPLES_A_TAR = 10_000
 _NOT_FOLDERS = (".tar", ".tgz", ".gz", ".zip", ".npy")
 _CHUNK = 4096  # images in memory at once
+_INTEGERS = {
+    *("source_index", "copy", "source_label", "heldout", "target", "target2", "sampling_steps", "seed"),
+    *("predicted_after", "nearest_train_index"),
+}
+_NUMBERS = {
+    *("guidance_weight", "start_fraction", "own_confidence_before", "own_confidence_after", "confidence_after"),
+    *("distance_to_source", "nearest_train_distance"),
+}
 
 
 def export_set(folder: Path, dest: Path) -> str:
@@ -29,8 +38,10 @@ def export_set(folder: Path, dest: Path) -> str:
 
     Args:
         folder: The outlier set.
-        dest: A path ending in .npz (arrays `images` uint8 (N, H, W, 3), `labels` and `sources` int64 (N,)), or a folder for
-            outliers-000000.tar and so on, each sample an image as it is in the set, `.cls` (label) and `.json` (its row).
+        dest: A path ending in .npz (arrays `images` uint8 (N, H, W, 3), `labels` and `sources` int64 (N,), each column of the
+            manifest by its name, -1 or NaN where a number is absent, and the texts `card` and `meta`), or a folder for
+            outliers-000000.tar and so on, each sample an image as it is in the set, `.cls` (label) and `.json` (its row),
+            beside the set's meta.json and data card.
 
     Returns:
         What was written, in words.
@@ -50,6 +61,9 @@ def export_set(folder: Path, dest: Path) -> str:
         _write_arrays(made, dest)
         return f"{len(made)} images in {dest}"
     count = sum(1 for _ in _write_tars(made, dest))
+    for name in ("README.md", "examples.png", "meta.json"):
+        if (folder / name).exists():
+            write_bytes(dest / name, read_file(folder, name))
     return f"{len(made)} images in {count} tar files in {dest}"
 
 
@@ -62,9 +76,26 @@ def _write_arrays(made: OutlierSet, path: Path) -> None:
             np.lib.format.write_array_header_2_0(stream, header)
             for rows in torch.arange(len(made)).split(_CHUNK):
                 stream.write(made.read(rows).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-        for name, values in (("labels", made.labels), ("sources", made.sources)):
+        for name, values in _columns(made):
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as stream:
-                np.lib.format.write_array(stream, values.numpy(), allow_pickle=False)
+                np.lib.format.write_array(stream, values, allow_pickle=False)
+
+
+def _columns(made: OutlierSet) -> Iterator[tuple[str, np.ndarray]]:
+    """What an .npz holds beside the images, an array at a time."""
+    yield "labels", made.labels.numpy()
+    yield "sources", made.sources.numpy()
+    for name in made.manifest.columns:
+        (values,) = open_manifest(made.folder / "manifest.csv", [name])[1]
+        if name in _INTEGERS:
+            yield name, np.array([int(value or -1) for value in values], dtype=np.int64)
+        elif name in _NUMBERS:
+            yield name, np.array([float(value or "nan") for value in values])
+        else:
+            yield name, np.array(values, dtype=np.str_)
+    for name, file in (("card", "README.md"), ("meta", "meta.json")):
+        if (made.folder / file).exists():
+            yield name, np.array(read_file(made.folder, file).decode())
 
 
 def _write_tars(made: OutlierSet, dest: Path) -> Iterator[Path]:

@@ -31,11 +31,12 @@ class Features(NamedTuple):
 
     name: str
     of: Callable[[torch.Tensor], torch.Tensor]
+    instead_of: str = ""  # what was asked for and could not be had
 
 
 def pixel_features(images: torch.Tensor) -> torch.Tensor:
     """float (N, 192): pixels in [-1, 1], averaged down to 8 x 8."""
-    return F.adaptive_avg_pool2d(to_unit(images), 8).flatten(1)
+    return torch.cat([F.adaptive_avg_pool2d(to_unit(part), 8).flatten(1) for part in images.split(4096)])
 
 
 def load_features(config: InspectionConfig, device: torch.device, reference: Features | None = None) -> Features:
@@ -48,7 +49,7 @@ def load_features(config: InspectionConfig, device: torch.device, reference: Fea
 
     Returns:
         The extractor. Where the Inception weights are neither given nor can be downloaded it is the reference network,
-        or pixels where there is none: its name says so.
+        or pixels where there is none: its name and `instead_of` say so.
 
     Raises:
         UsageError: `weights` is no file, or does not fit; or `reference` outside a run.
@@ -71,7 +72,7 @@ def load_features(config: InspectionConfig, device: torch.device, reference: Fea
         network = _inception(config.weights).to(device)
     except (URLError, ConnectionError, TimeoutError) as error:
         log.warning("no Inception weights (%s): distances are taken over %s and are no FID", error, substitute.name)
-        return substitute
+        return substitute._replace(instead_of=INCEPTION)
     return Features(INCEPTION, lambda images: _inception_features(network, images, device))
 
 

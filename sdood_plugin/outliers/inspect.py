@@ -52,10 +52,10 @@ def report_set(
     check_sources(made, train)
     settings = {name: _column(made, name) for name in ("target", "start_fraction", "guidance_weight")}
     verdicts = read_verdicts(made.manifest, made.folder)
-    return {
-        **set_quality(made.images, made.sources, train.images, verdicts, settings, selection),
-        "fidelity": distances(features.of(made.images), features.of(train.images), features.name, inspection),
-    }
+    fidelity = distances(features.of(made.images), features.of(train.images), features.name, inspection)
+    if features.instead_of:
+        fidelity["instead_of"] = features.instead_of
+    return {**set_quality(made.images, made.sources, train.images, verdicts, settings, selection), "fidelity": fidelity}
 
 
 def _column(made: OutlierSet, name: str) -> list[str]:
@@ -67,8 +67,9 @@ def grids(made: OutlierSet) -> dict[str, dict[str, Any]]:
 
     Returns:
         For each of `class-pair`, `start_fraction` and `guidance_weight` the names of its `rows` and `columns` and
-        `index`, for each row the set's positions, -1 where there is no such outlier. A class pair is (source's label,
-        class guidance pointed to), or the class seen by the reference classifier where guidance points to none.
+        `index`, for each row the set's positions, -1 where there is no such outlier; `note` says which classes are left
+        out where there are too many. A class pair is (source's label, class guidance pointed to), or the class seen by
+        the reference classifier where guidance points to none.
     """
     targets, seen = _column(made, "target"), [row.get("predicted_after", "") for row in made.manifest]
     aimed = all(targets)
@@ -86,8 +87,20 @@ def _table(pairs: Sequence[tuple[str, str]], prefix: str) -> dict[str, Any]:
     first: dict[tuple[str, str], int] = {}
     for position, pair in enumerate(pairs):
         first.setdefault(pair, position)
-    rows, columns = (sorted({pair[i] for pair in first}, key=lambda name: (len(name), name))[:GRID_ROWS] for i in (0, 1))
+    whole = [sorted({pair[i] for pair in first}, key=lambda name: (len(name), name)) for i in (0, 1)]
+    rows, columns = whole[0][:GRID_ROWS], whole[1][:GRID_COLUMNS]
+    cut = [
+        f"{len(shown)} of {len(names)} {what}"
+        for shown, names, what in zip(
+            (rows, columns),
+            whole,
+            ("source classes", "target classes" if prefix.startswith("towards") else "classes seen"),
+            strict=True,
+        )
+        if len(shown) < len(names)
+    ]
     return {
+        "note": ", ".join(cut),
         "rows": [f"of {row}" for row in rows],
         "columns": [f"{prefix}{column}" for column in columns] if any(columns) else ["any"],
         "index": [[first.get((row, column), -1) for column in columns] for row in rows],

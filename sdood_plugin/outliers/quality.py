@@ -13,6 +13,7 @@ from ..data.images import to_unit
 from .select import Verdicts, kinds
 
 NEAR_DUPLICATE = 0.02  # root mean square difference in [-1, 1] units: two and a half grey levels
+_PART = 4096  # images computed with at once
 _GROUPS = 8  # a range of S or w is reported in this many parts
 
 
@@ -38,16 +39,18 @@ def set_quality(
         `count`; the means of `image_figures`; `border_correlation_random` and `low_frequency_correlation_random` between
         outliers and the source of another one; `diversity_within_source`, the root mean square distance between outliers
         of one source (null where each source has one), beside `diversity_between_sources`; and the means again
-        `by_class_pair`, `by_start_fraction` and `by_guidance_weight`.
+        `by_class_pair`, `by_start_fraction` and `by_guidance_weight`. A class pair is (source's label, `target`), or, where
+        guidance pointed to no class, (source's label, class `predicted` in the outlier).
     """
     own, other = train[sources], train[other_sources(sources)]
     figures = image_figures(images, own, verdicts, selection)
     targets = settings["target"]
-    pairs = list(zip(verdicts.labels.tolist(), targets, strict=True))
-    reached = torch.tensor([str(seen) == str(target) for seen, target in zip(verdicts.predicted.tolist(), targets, strict=True)])
-    if any(str(target) for target in targets):
+    seen, aimed = verdicts.predicted.tolist(), all(str(target) for target in targets)
+    pairs = list(zip(verdicts.labels.tolist(), targets if aimed else seen, strict=True))
+    if aimed:
+        reached = torch.tensor([str(found) == str(target) for found, target in zip(seen, targets, strict=True)])
         figures["target_rate"] = 100.0 * reached.double()
-    within, between = diversity(small(images), sources)
+    within, between = diversity(torch.cat([small(part) for part in images.split(_PART)]), sources)
     return {
         "count": len(images),
         **{name: float(values.mean()) for name, values in figures.items()},
@@ -55,7 +58,7 @@ def set_quality(
         "low_frequency_correlation_random": float(in_parts(low_frequency_correlation, images, other).mean()),
         "diversity_within_source": within,
         "diversity_between_sources": between,
-        "by_class_pair": breakdown(pairs, ("source_label", "target"), figures),
+        "by_class_pair": breakdown(pairs, ("source_label", "target" if aimed else "predicted"), figures),
         **{
             f"by_{name}": breakdown([(value,) for value in grouped([float(str(v)) for v in settings[name]])], (name,), figures)
             for name in ("start_fraction", "guidance_weight")
@@ -85,7 +88,7 @@ def image_figures(
 
 
 def in_parts(
-    figure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], first: torch.Tensor, second: torch.Tensor, size: int = 4096
+    figure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], first: torch.Tensor, second: torch.Tensor, size: int = _PART
 ) -> torch.Tensor:
     """A figure of pairs of images, `size` pairs at once: float64 (N,)."""
     pairs = zip(first.split(size), second.split(size), strict=True)
@@ -148,7 +151,8 @@ def diversity(values: torch.Tensor, group: torch.Tensor) -> tuple[float | None, 
     def pairs(index: torch.Tensor) -> tuple[float, float]:
         counts = torch.bincount(index)
         means = values.new_zeros(len(counts), values.shape[1]).index_add_(0, index, values) / counts[:, None]
-        squares = (values - means[index]).square().mean(dim=1).double() * counts[index]
+        parts = zip(values.split(_PART), index.split(_PART), strict=True)
+        squares = torch.cat([(part - means[i]).square().mean(dim=1) for part, i in parts]).double() * counts[index]
         return float(squares.sum()), float((counts * (counts - 1)).sum()) / 2
 
     within, n_within = pairs(group.unique(return_inverse=True)[1])

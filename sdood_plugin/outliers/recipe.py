@@ -32,6 +32,8 @@ class Recipe:
         seed: Seed of the outlier set.
         unet_sha256: Hash of the diffusion model's weights.
         reference_sha256: Hash of the reference classifier's weights; empty without one.
+        heldout: bool (N,): sources that diffusion model and reference classifier were not trained on; None if unknown.
+        origin: What else meta.json tells of labels, models and images; no outlier depends on it but through the above.
     """
 
     sources: ImageSet
@@ -42,6 +44,8 @@ class Recipe:
     seed: int
     unet_sha256: str
     reference_sha256: str = ""
+    heldout: torch.Tensor | None = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def meta(self) -> dict[str, Any]:
@@ -58,7 +62,10 @@ class Recipe:
             "labels_sha256": hashlib.sha256(self.labels.contiguous().numpy().tobytes()).hexdigest(),
             "versions": {name: metadata.version(name) for name in _PACKAGES},
         }
-        return {"key": value_hash(images), **images, "reference_sha256": self.reference_sha256}
+        counts = {"training_images": len(self.sources)}
+        if self.heldout is not None:
+            counts["heldout_images"] = int(self.heldout.sum())
+        return {"key": value_hash(images), **images, "reference_sha256": self.reference_sha256, **counts, **self.origin}
 
     @property
     def key(self) -> str:
@@ -92,6 +99,7 @@ class Recipe:
             "copy": block.jobs[:, 1].tolist(),
             "source": [self.sources.names[source] for source in chosen.tolist()],
             "source_label": own.tolist(),
+            "heldout": [""] * count if self.heldout is None else self.heldout[chosen].int().tolist(),
             "target": first,
             "target2": second,
             "mode": [config.mode] * count,

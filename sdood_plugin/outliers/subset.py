@@ -7,24 +7,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..artifacts import disk_error, value_hash, write_text
+from ..artifacts import disk_error, value_hash
 from ..config import SelectionConfig
 from ..errors import RunError, UsageError
+from .card import write_card
 from .dataset import OutlierSet
 from .files import checked_file
 from .manifest import write_lists
 from .select import Selection, choose, read_verdicts
 from .storage import finished, only_writer, prepare
 from .writer import make_folders, store
-
-_CARD = """# {count:,} of {total:,} outliers
-
-A subset made by `sdood select`: kept {keep}; dropped {dropped}. `meta.json` says by which thresholds. Numbers in the card of
-the whole set, which follows, are those of the whole set.
-
----
-
-"""
 
 
 def select_set(folder: Path, dest: Path, config: SelectionConfig) -> str:
@@ -61,10 +53,11 @@ def select_set(folder: Path, dest: Path, config: SelectionConfig) -> str:
             yield list(row.values())
 
     with only_writer(dest):
-        meta = {**whole.meta, "key": key, "selection": {**settings, "dropped": chosen.dropped}}
+        selections = [*whole.meta.get("selections", []), {**settings, "dropped": chosen.dropped}]
+        meta = {**whole.meta, "key": key, "selections": selections}
         prepare(dest, meta, replace=False)
         write_lists(dest, rows(), kept.columns, meta)
-        _write_card(folder, dest, len(kept), len(whole), config, chosen)
+        write_card(dest)
         finished(dest)
     how = "hard links" if linked == len(kept) else "copies" if not linked else f"{linked} hard links, the others copies"
     return f"{dest}: {len(kept)} of {len(whole)} outliers ({how}); dropped {_words(chosen)}"
@@ -104,11 +97,3 @@ def _place(folder: Path, dest: Path, name: str, sha256: str) -> bool:
             return False
     except OSError as error:
         raise disk_error(path, error) from error
-
-
-def _write_card(folder: Path, dest: Path, count: int, total: int, config: SelectionConfig, chosen: Selection) -> None:
-    card = folder / "README.md"
-    head = _CARD.format(count=count, total=total, keep=" and ".join(config.keep), dropped=_words(chosen))
-    write_text(dest / "README.md", head + (card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""))
-    if (folder / "examples.png").is_file():
-        store(dest, "examples.png", (folder / "examples.png").read_bytes())

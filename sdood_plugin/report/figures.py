@@ -85,6 +85,8 @@ def grid(folder: Path, name: str) -> Figure | None:
                 cell.set_title(names["columns"][column], fontsize=7)
         axes[0].set_ylabel(names["rows"][line], fontsize=7)
     figure.subplots_adjust(hspace=0.06, wspace=0.06)
+    if names.get("note"):
+        figure.supxlabel(names["note"], fontsize=8)
     return figure
 
 
@@ -100,7 +102,7 @@ def score_histogram(folder: Path) -> Figure | None:
         rows = read_csv(folder / "detector" / "heldout.csv")
         for kind in dict.fromkeys(row["set"] for row in rows):
             scores[f"held-out {kind}"] = np.array([float(row["score"]) for row in rows if row["set"] == kind])
-    if not scores:
+    if not scores or not (folder / "detector" / "score.json").exists():
         return None
     threshold = read_json(folder / "detector" / "score.json")["calibration"]["threshold"]
     everything = np.concatenate(list(scores.values()))

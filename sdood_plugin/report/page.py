@@ -66,6 +66,7 @@ def write_report(folder: Path, truth: dict[str, Any] | None = None) -> Path:
         tests=tests,
         table=table,
         calibration=score.get("calibration"),
+        selected=_optional(folder / "detector" / "selection.json", None),
         cluster_notes=_optional(folder / "clustering" / "summary.json", {}).get("notes", []),
         figures=_embedded(figures),
         quality=_optional(folder / "inspection" / "quality.json", {}),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 import torch
 
 from sdood_plugin.artifacts import value_hash
+from sdood_plugin.config import DiffusionConfig, OutliersConfig
 from sdood_plugin.data.images import ImageSet
 from sdood_plugin.outliers.files import encode
 from sdood_plugin.outliers.manifest import COLUMNS, write_lists
@@ -41,9 +43,15 @@ def write_set(folder: Path, images: torch.Tensor, sources: ImageSet | None = Non
     meta = {
         "key": value_hash(filled),
         "classes": 3,
+        "seed": 0,
         "image_size": images.shape[-1],
+        "config": dataclasses.asdict(OutliersConfig(mode=filled["mode"][0])),
+        "diffusion": dataclasses.asdict(DiffusionConfig()),
+        "unet_sha256": "no U-Net",
+        "reference_sha256": "a reference",
         "sources_sha256": "" if sources is None else sources.fingerprint(),
         "labels_sha256": "",
+        "versions": {"sdood_plugin": "0"},
     }
     write_lists(folder, rows, COLUMNS, meta)
     return folder

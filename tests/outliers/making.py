@@ -27,8 +27,8 @@ def judge(images):
 
 
 def contents(folder):
-    """Bytes by name of all files but the lock."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock")
+    """Bytes by name of all files."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 

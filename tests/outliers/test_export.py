@@ -18,6 +18,7 @@ from sdood_plugin.outliers import export
 from sdood_plugin.outliers.blocks import file_name
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.outliers.export import export_set
+from sdood_plugin.outliers.manifest import COLUMNS
 
 from .making import a_recipe, write
 
@@ -37,6 +38,16 @@ def test_arrays_hold_the_set_and_can_be_read_as_images(folder, tmp_path, monkeyp
         assert np.array_equal(arrays["images"], made.images.permute(0, 2, 3, 1).numpy())
         assert np.array_equal(arrays["labels"], made.labels.numpy()) and np.array_equal(arrays["sources"], made.sources.numpy())
     assert torch.equal(load_images(ImagesConfig(str(path)), DataConfig(image_size=None), 0).images, made.images)
+    with np.load(path, allow_pickle=False) as arrays:
+        for row, values in enumerate(zip(*(arrays[name] for name in COLUMNS), strict=True)):
+            for name, value in zip(COLUMNS, values, strict=True):
+                said = made.manifest[row][name]
+                if said:
+                    assert type(value)(said) == value, name
+                else:
+                    assert value in ("", -1) or value != value, name
+        assert arrays["seed"].dtype == np.int64 and arrays["guidance_weight"].dtype == np.float64
+        assert str(arrays["card"]) == (folder / "README.md").read_text() and json.loads(str(arrays["meta"])) == made.meta
     export_set(folder, tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
 
@@ -46,7 +57,9 @@ def test_tar_files_hold_the_set(folder, tmp_path, monkeypatch):
     made = OutlierSet(folder)
     assert "3 tar files" in export_set(folder, tmp_path / "tars")
     samples = {}
-    for path in sorted((tmp_path / "tars").iterdir()):
+    assert (tmp_path / "tars" / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    assert json.loads((tmp_path / "tars" / "meta.json").read_text()) == made.meta
+    for path in sorted((tmp_path / "tars").glob("*.tar")):
         with tarfile.open(path) as archive:
             for entry in archive:
                 key, suffix = entry.name.split(".")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdood_plugin.artifacts import read_csv, read_json
+from sdood_plugin.artifacts import file_hash, read_csv, read_json, write_json
 from sdood_plugin.data.images import ImageSet, to_unit
 from sdood_plugin.diffusion.guidance import wrong_classes
 from sdood_plugin.errors import RunError
@@ -104,7 +104,12 @@ def test_the_data_card_says_what_the_set_is(tmp_path, unet, tiny, pictures, acce
     card = (reference[0] / "README.md").read_text()
     stay = sum(row["predicted_after"] == row["source_label"] == "1" for row in read_csv(reference[0] / "manifest.csv"))
     assert "# 12 semantic-discrepant outliers" in card and f"| 1 | 4 | {stay} |" in card
-    assert "inherit their licence" in card and "`own_confidence_before`" in card and "top to bottom: source, outlier." in card
+    assert "licence and the terms of the SOURCE images" in card and "top to bottom: source, outlier." in card
+    assert r"| P(source_label \| source) |" in card and all(
+        line.count(" | ") in (1, 5) for line in card.splitlines() if line[:1] == "|"
+    )
+    assert "| T | 100 |" in card and "Yoon et al." in card and "sdood generate --config config.yaml" in card
+    assert "| reference classifier | `a judge`" in card and "was not recorded" in card and "training images only" not in card
     with Image.open(reference[0] / "examples.png") as figure:
         assert figure.size == (12 * 66 + 2, 2 * 66 + 2)
     same = dataclasses.replace(CONFIG, mode="same")
@@ -114,6 +119,61 @@ def test_the_data_card_says_what_the_set_is(tmp_path, unet, tiny, pictures, acce
     assert "source, same-class control, outlier" in (tmp_path / "outliers" / "README.md").read_text()
     with Image.open(tmp_path / "outliers" / "examples.png") as figure:
         assert figure.size == (12 * 66 + 2, 3 * 66 + 2)
+
+
+@pytest.mark.parametrize(
+    ("origin", "said", "unsaid"),
+    [
+        (
+            {"label_source": "given", "reference_backbone": "vit", "reference_weights": "0123456789abcdef"},
+            ["SOURCE image (a given label)", "vit fine-tuned on training images from pre-trained weights `0123456789ab`"],
+            ["training images only", "pseudo-label"],
+        ),
+        (
+            {
+                "label_source": "scan",
+                "label_backbone": "vit",
+                "label_weights": "hub",
+                "reference_weights": "random",
+                "commit": "c0ffee",
+            },
+            [
+                "SOURCE image (a pseudo-label: its cluster by scan)",
+                "by scan on features of vit fine-tuned on training images from pre-trained weights of timm",
+                "a network trained on training images only",
+                "commit c0ffee",
+            ],
+            ["given label", "not recorded."],
+        ),
+    ],
+)
+def test_the_data_card_says_where_labels_and_reference_come_from(
+    tmp_path, unet, tiny, pictures, accelerator, origin, said, unsaid
+):
+    heldout = torch.arange(12) % 4 == 1
+    plain = a_recipe(pictures, tiny, reference="a judge")
+    recipe = dataclasses.replace(plain, heldout=heldout, origin={"data": "pictures", **origin})
+    assert recipe.key == plain.key  # what is only told makes no other images
+    write(tmp_path, unet, recipe, accelerator, judge=judge)
+    card, meta = (tmp_path / "README.md").read_text(), read_json(tmp_path / "meta.json")
+    assert [name for name in said if name not in card] == [] and [name for name in unsaid if name in card] == []
+    assert "3 of the 12 training images were held out" in card and "source images (pictures)" in card
+    assert meta.items() >= {**origin, "data": "pictures", "training_images": 12, "heldout_images": 3}.items()
+    rows = read_csv(tmp_path / "manifest.csv")
+    assert [row["heldout"] for row in rows] == [str(int(heldout[int(row["source_index"])])) for row in rows]
+
+
+def test_a_set_without_a_newer_column_opens_and_is_made_whole_again(tmp_path, unet, accelerator, recipe, reference):
+    folder = copied(reference, tmp_path)
+    place = COLUMNS.index("heldout")
+    rows = [line.split(",") for line in (folder / "manifest.csv").read_text().splitlines()]
+    (folder / "manifest.csv").write_text("".join(",".join(row[:place] + row[place + 1 :]) + "\n" for row in rows))
+    meta = read_json(folder / "meta.json")
+    write_json(folder / "meta.json", {**meta, "manifest_sha256": file_hash(folder / "manifest.csv")})
+    old = OutlierSet(folder)
+    old.verify()
+    assert "heldout" not in old.manifest.columns and len(old.images) == 12
+    assert write(folder, unet, recipe, accelerator, judge=judge) == reference[1]
 
 
 @pytest.mark.parametrize("config", [CONFIG, RANGES], ids=["values", "ranges"])

@@ -10,17 +10,21 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from matplotlib.text import Text
 from PIL import Image
 
-from sdood_plugin.artifacts import read_tensors
+from sdood_plugin.artifacts import read_tensors, write_json
 from sdood_plugin.cli import main
-from sdood_plugin.config import InspectionConfig, SelectionConfig
+from sdood_plugin.config import InspectionConfig, RunConfig, SelectionConfig
+from sdood_plugin.context import Context
 from sdood_plugin.data.images import ImageSet
 from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.inspection import whole
 from sdood_plugin.outliers import fidelity
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.outliers.fidelity import INCEPTION, Features, distances, load_features, pixel_features
 from sdood_plugin.outliers.inspect import grids, report_set
+from sdood_plugin.report.figures import grid
 
 from .handmade import write_set
 
@@ -100,6 +104,26 @@ def test_without_a_target_the_pair_is_source_and_what_is_seen(tmp_path):
     assert pair["columns"] == ["seen as 0", "seen as 1"] and pair["index"] == [[0, 1], [2, -1]]
 
 
+def test_a_grid_says_how_many_classes_it_leaves_out(tmp_path):
+    labels = list(range(20))
+    made = write_set(tmp_path / "set", some_images(20, 8), source_label=labels, target=[(i + 1) % 3 for i in labels])
+    pair = grids(OutlierSet(made))["class-pair"]
+    assert pair["note"] == "12 of 20 source classes" and len(pair["rows"]) == 12 and len(pair["columns"]) == 3
+    made = write_set(tmp_path / "away", some_images(20, 8), target=[""] * 20, predicted_after=labels)
+    assert grids(OutlierSet(made))["class-pair"]["note"] == "12 of 20 classes seen"
+    assert main(["inspect", str(made), "--out", str(tmp_path / "seen")]) == 0
+    (label,) = [text for text in grid(tmp_path / "seen", "class-pair").findobj(Text) if text.get_text().startswith("12 of")]
+    assert label.get_text() == "12 of 20 classes seen"
+
+
+def test_grids_read_what_they_show_and_no_more(tmp_path, monkeypatch):
+    made = write_set(tmp_path / "set", some_images(40, 8), start_fraction=[0.1, 0.2] * 20)
+    read, seen = OutlierSet.read, []
+    monkeypatch.setattr(OutlierSet, "read", lambda self, rows: (seen.extend(rows.tolist()), read(self, rows))[1])
+    assert main(["inspect", str(made), "--out", str(tmp_path / "seen")]) == 0
+    assert len(set(seen)) < 40 and len(seen) <= 1 + 24 + 12
+
+
 def test_a_bare_folder_gives_grids_and_with_its_images_the_quality(tmp_path, train, capsys, caplog):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -143,16 +167,23 @@ def test_pixel_features_are_block_means():
     np.testing.assert_allclose(pixel_features(images).numpy(), naive, atol=1e-6)
 
 
-def test_without_inception_weights_the_substitute_is_named_and_is_no_fid(monkeypatch, caplog):
+def test_without_inception_weights_the_substitute_is_named_and_is_no_fid(train, tmp_path, monkeypatch, caplog):
     def unreachable(*_, **__):
         raise URLError("no network")
 
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", unreachable)
     found = load_features(InspectionConfig("inception"), CPU, Features("the reference network's features", pixel_features))
-    assert found.name == "the reference network's features" and "no FID" in caplog.text
+    assert found.name == "the reference network's features" and "no FID" in caplog.text and found.instead_of == INCEPTION
     far = distances(found.of(some_images(5)), found.of(some_images(6)), found.name, InspectionConfig("inception"))
     assert "fd" in far and "fid" not in far
-    assert load_features(InspectionConfig("inception"), CPU).name == "pixels averaged to 8 x 8"
+    substitute = load_features(InspectionConfig("inception"), CPU)
+    assert substitute.name == "pixels averaged to 8 x 8"
+    made = OutlierSet(write_set(tmp_path / "set", train.images, train))
+    for features, taken in ((substitute, True), (PIXELS, False)):
+        quality = {"outliers": report_set(made, train, features, SelectionConfig(), InspectionConfig())}
+        assert quality["outliers"]["fidelity"].get("instead_of") == (INCEPTION if taken else None)
+        write_json(tmp_path / "inspection" / "quality.json", quality)
+        assert whole(Context(RunConfig(), tmp_path)) != taken
 
 
 def test_inception_weights_that_are_none_are_refused(tmp_path):

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from sdood_plugin.config import InspectionConfig, SelectionConfig
-from sdood_plugin.outliers.fidelity import distances, pixel_features
+from sdood_plugin.data.images import ImageSet
+from sdood_plugin.outliers import quality
+from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.outliers.fidelity import Features, distances, pixel_features
+from sdood_plugin.outliers.inspect import report_set
 from sdood_plugin.outliers.quality import (
     border_correlation,
     breakdown,
@@ -20,9 +24,12 @@ from sdood_plugin.outliers.quality import (
     low_frequency_correlation,
     other_sources,
     set_quality,
-    small,
 )
 from sdood_plugin.outliers.select import Verdicts
+from sdood_plugin.outliers.verdicts import Referee
+
+from .handmade import write_set
+from .making import judge
 
 
 def some_images(count, side, seed=0):
@@ -244,30 +251,72 @@ def test_tiny_sets_leave_out_what_they_cannot_tell():
     assert "precision" not in distances(a, a, "x", InspectionConfig(neighbours=3))
 
 
-def test_the_report_of_copies_of_the_training_images_shows_it():
-    train, labels = some_images(30, 16), [i % 3 for i in range(30)]
+@pytest.fixture
+def classes():
+    """Smooth images of three classes, each brighter in a channel of its own, which `judge` sees."""
+    random = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(30, 3, 3, 3, generator=random), size=16, mode="bilinear")
+    labels = torch.arange(30) % 3
+    smooth = 0.5 * smooth + 0.5 * torch.nn.functional.one_hot(labels)[:, :, None, None]
+    return ImageSet((smooth * 255).to(torch.uint8), [f"{i}.png" for i in range(30)], labels)
+
+
+def judged_quality(folder, made, sources, train):
+    """The report of images whose manifest was filled by the referee."""
+    labels = train.labels[sources]
+    said = Referee(train.images, judge, torch.device("cpu"))(made, sources, labels)
+    columns = {"source_index": sources.tolist(), "source_label": labels.tolist(), "mode": ["away"] * len(made), **said}
+    columns |= {"source": [train.names[i] for i in sources.tolist()], "target": [""] * len(made)}
+    features = Features("pixels", pixel_features)
+    folder = write_set(folder, made, train, **columns)
+    return report_set(OutlierSet(folder), train, features, SelectionConfig(), InspectionConfig())
+
+
+def test_the_report_of_copies_of_the_training_images_shows_it(classes, tmp_path):
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    own = [labels[i] for i in order.tolist()]
-    found = quality_of(train[order], order.tolist(), train, own, own, [0.99] * 30, [0.0] * 30)
+    found = judged_quality(tmp_path / "set", classes.images[order], order, classes)
     assert found["stay_rate"] == 100 and found["near_duplicate_rate"] == 100 and found["distance_to_source"] == 0
     assert found["border_correlation"] == pytest.approx(1) and found["low_frequency_correlation"] == pytest.approx(1)
-    assert abs(found["border_correlation_random"]) < 0.3
-    far = distances(pixel_features(train[order]), pixel_features(train), "pixels", InspectionConfig())
-    assert far["fd"] == pytest.approx(0, abs=1e-5) and far["precision"] == far["recall"] == 100
+    assert found["border_correlation_random"] < 0.8
+    far = found["fidelity"]
+    assert far["fd"] == pytest.approx(0, abs=1e-4) and far["precision"] == far["recall"] == 100
     assert far["kd"] <= 1e-12  # unbiased: equal sets come out below 0
+    assert [(row["source_label"], row["predicted"], row["count"]) for row in found["by_class_pair"]] == [
+        (0, 0, 10),
+        (1, 1, 10),
+        (2, 2, 10),
+    ]
 
 
-def test_the_report_of_noise_shows_it():
-    random = torch.Generator().manual_seed(0)
-    smooth = torch.nn.functional.interpolate(torch.rand(40, 3, 3, 3, generator=random), size=16, mode="bilinear")
-    train, noise = (smooth * 255).to(torch.uint8), some_images(40, 16, 5)
-    nearest = (small(noise)[:, None] - small(train)).square().mean(dim=2).sqrt().min(dim=1).values.double().tolist()
-    found = quality_of(noise, list(range(40)), train, [0] * 40, [1] * 40, [0.5] * 40, nearest)
-    assert found["stay_rate"] == 0 and found["ambiguous_rate"] == 100 and found["near_duplicate_rate"] == 0
-    assert abs(found["border_correlation"]) < 0.1 and abs(found["low_frequency_correlation"]) < 0.1
-    far = distances(small(noise), small(train), "pixels", InspectionConfig())
-    near = distances(small(train[::2]), small(train), "pixels", InspectionConfig())
-    assert far["precision"] == 0 and far["fd"] > 3 * near["fd"]
+def test_the_report_of_copies_of_another_class_shows_flips_that_are_copies(classes, tmp_path):
+    found = judged_quality(tmp_path / "set", classes.images.roll(-1, 0), torch.arange(30), classes)
+    assert found["flip_rate"] == 100 and found["near_duplicate_rate"] == 100 and found["distance_to_source"] > 0.3
+    pairs = [(row["source_label"], row["predicted"], row["flip_rate"]) for row in found["by_class_pair"]]
+    assert pairs == [(0, 1, 100), (1, 2, 100), (2, 0, 100)] and "target_rate" not in found
+
+
+def test_the_report_of_noise_shows_it(classes, tmp_path):
+    noise = some_images(30, 16, 5)
+    found = judged_quality(tmp_path / "set", noise, torch.arange(30), classes)
+    assert 10 < found["stay_rate"] < 60 and found["flip_rate"] < 10 and found["near_duplicate_rate"] == 0  # it is no class
+    assert abs(found["border_correlation"]) < 0.1 and abs(found["low_frequency_correlation"]) < 0.2
+    near = distances(pixel_features(classes.images[::2]), pixel_features(classes.images), "pixels", InspectionConfig())
+    assert found["fidelity"]["precision"] == 0 and found["fidelity"]["fd"] > 3 * near["fd"]
+
+
+def test_the_figures_of_a_set_with_several_outliers_a_source(monkeypatch):
+    monkeypatch.setattr(quality, "_PART", 4)  # in parts of another size than the set
+    train, made, sources = some_images(3, 32), some_images(7, 32, 1), [0, 0, 2, 2, 2, 1, 1]
+    made[:2] = made[2:4]  # copies of one another, of different sources
+    found = quality_of(made, sources, train, [0] * 7, [1, 1, 0, 2, 2, 1, 0], [0.5] * 7, [0.5] * 7)
+    pixels = unit(made).reshape(7, 3, 16, 2, 16, 2).mean(axis=(3, 5)).reshape(7, -1)
+    within, between = naive_diversity(pixels, np.array(sources))
+    assert found["diversity_within_source"] == pytest.approx(within, rel=1e-5)
+    assert found["diversity_between_sources"] == pytest.approx(between, rel=1e-5) and abs(within - between) > 0.01
+    assert found["low_frequency_correlation"] == pytest.approx(naive_low_frequency(made, train[sources]).mean(), abs=1e-6)
+    assert found["border_correlation"] == pytest.approx(naive_border(made, train[sources]).mean(), abs=1e-6)
+    pairs = [(row["source_label"], row["predicted"], row["count"]) for row in found["by_class_pair"]]
+    assert pairs == [(0, 0, 2), (0, 1, 3), (0, 2, 2)]
 
 
 def test_image_figures_are_those_of_each_image_alone():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -61,7 +62,7 @@ def test_what_a_kill_left_before_anything_was_made_is_ours(tmp_path, unet, accel
     for name in (".lock", ".in-progress.json.abc.json", ".meta.json.x_y.json"):
         (tmp_path / name).write_text("")
     write(tmp_path, unet, recipe, accelerator)
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_set_is_removed_without_what_lies_beside_it(tmp_path, unet, accelerator, recipe):
@@ -97,6 +98,21 @@ def test_two_writers_are_refused(tmp_path, unet, accelerator, recipe):
     with only_writer(tmp_path), pytest.raises(RunError, match=r"in use by another process.*one process at a time"):
         write(tmp_path, idle, recipe, accelerator)
     write(tmp_path, unet, recipe, accelerator)  # the lock went with its holder
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_none(tmp_path, monkeypatch):
+    lock = fcntl.flock
+
+    def late(stream, how):
+        (tmp_path / ".lock").unlink()  # its holder is done, and a third process has come
+        (tmp_path / ".lock").touch()
+        lock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(RunError, match="in use by another process"), only_writer(tmp_path):
+        pass
+    assert (tmp_path / ".lock").exists()  # the third one's
 
 
 @pytest.mark.parametrize("name", ["images", "images/0000", "parts"])

@@ -7,13 +7,16 @@ import os
 import shutil
 import types
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdood_plugin.cli import main
 from sdood_plugin.config import RunConfig, SelectionConfig
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.outliers import subset
+from sdood_plugin.outliers.card import write_card
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.outliers.storage import STATE
 from sdood_plugin.outliers.subset import select, select_set
@@ -30,7 +33,7 @@ AMBIGUOUS, FLIPS, NEAR_FLIPS = [2, 5, 7], [1, 3, 8], [8]
 def whole(tmp_path, generator):
     images = torch.randint(256, (9, 3, 8, 8), generator=generator, dtype=torch.uint8)
     folder = write_set(tmp_path / "whole", images, predicted_after=SEEN, confidence_after=SURE, nearest_train_distance=NEAR)
-    (folder / "README.md").write_text("# the card\n")
+    write_card(folder)
     return folder
 
 
@@ -56,17 +59,35 @@ def test_a_subset_is_a_whole_outlier_set(whole, tmp_path, config, rows):
     part.verify()
     assert torch.equal(part.images, made.images[rows]) and torch.equal(part.sources, made.sources[rows])
     assert list(part.manifest) == [made.manifest[row] for row in rows]
-    assert (
-        part.meta["selection"]["of"]["manifest_sha256"] == made.meta["manifest_sha256"] and part.meta["key"] != made.meta["key"]
-    )
-    assert sum(part.meta["selection"]["dropped"].values()) == 9 - len(rows)
+    (step,) = part.meta["selections"]
+    assert step["of"]["manifest_sha256"] == made.meta["manifest_sha256"] and part.meta["key"] != made.meta["key"]
+    assert sum(step["dropped"].values()) == 9 - len(rows)
     assert f"{len(rows)} of 9" in told and "hard links" in told
     assert os.path.samefile(tmp_path / "part" / part.manifest[0]["file"], whole / part.manifest[0]["file"])
     card = (tmp_path / "part" / "README.md").read_text()
-    assert card.startswith(f"# {len(rows)} of 9 outliers") and "# the card" in card
+    assert card.startswith(f"# {len(rows)} semantic-discrepant outliers, selected from 9") and card.count("\n# ") == 0
+    assert "Nothing was selected" not in card and "Nothing was selected" in (whole / "README.md").read_text()
+    assert f"kept {' and '.join(config.keep)}," in card and f"| 0 | {len(rows)} |" in card
+    for name, count in step["dropped"].items():
+        assert f"{count} {name}" in card
+    with Image.open(tmp_path / "part" / "examples.png") as figure:  # its own images, none that was dropped
+        shown = torch.from_numpy(np.array(figure)).permute(2, 0, 1)[:, 2:66, 2:-2].unfold(2, 64, 66)
+    assert torch.equal(shown[:, ::8, :, ::8].permute(2, 0, 1, 3), part.images)
     assert tree(whole) == before
     select_set(whole, tmp_path / "part", config)  # once more: nothing changes
     OutlierSet(tmp_path / "part").verify()
+
+
+def test_a_subset_of_a_subset_remembers_both_selections(whole, tmp_path):
+    select_set(whole, tmp_path / "part", SelectionConfig(["flip", "ambiguous"]))
+    select_set(tmp_path / "part", tmp_path / "less", SelectionConfig(["flip"], duplicate_distance=0.02))
+    less, card = OutlierSet(tmp_path / "less"), (tmp_path / "less" / "README.md").read_text()
+    first, second = less.meta["selections"]
+    assert (first["of"]["count"], first["dropped"], second["of"]["count"]) == (9, {"stay": 3}, 6)
+    assert second["dropped"] == {"stay": 0, "ambiguous": 3, "duplicate": 1}
+    assert second["of"]["manifest_sha256"] == OutlierSet(tmp_path / "part").meta["manifest_sha256"]
+    assert card.startswith("# 2 semantic-discrepant outliers, selected from 9") and "dropped 3 stay" in card
+    assert "dropped 0 stay, 3 ambiguous, 1 duplicate" in card
 
 
 def test_where_links_are_impossible_files_are_copied(whole, tmp_path, monkeypatch):
