@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     begun = (ROOT / "runs" / "benchmarks" / f"{name}-{options.seeds[0]}").exists()  # else all is made anew
     spent = earlier(results / f"{name}.json", as_dict(base))[1] if begun else 0.0
     rows: Rows = []
-    scores = []
+    scores, fakes = [], []  # of Fake-it's outliers how far they are from the training images
     for seed in options.seeds:
         folder = ROOT / "runs" / "benchmarks" / f"{name}-{seed}"
         config = dataclasses.replace(base, seed=seed)
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
         rows += [row | extra for row in read_json(folder / "metrics.json")["rows"]]
         scores.append({ood.name: read_scores(folder, ood.name) for ood in base.data.ood})
         done = options.seeds[: options.seeds.index(seed) + 1]
-        facts = {**data_facts(config, folder), **noted}
+        fakes.append({"seed": seed, **read_json(folder / "comparators" / "fake-it" / "fakes.json")})
+        facts = {**data_facts(config, folder), **noted, "fakes": fakes}
         result = write_result(name, as_dict(base), done, rows, facts, spent_s=spent, folder=results, device=base.device)
         add_pairs(result, scores)
     print(table(rows))

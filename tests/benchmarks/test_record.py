@@ -80,6 +80,7 @@ def test_the_demo_goes_on_counting_seconds_where_its_runs_are_there(tmp_path, mo
 
     def run(config, folder):
         write_json(folder / "metrics.json", {"rows": [{"method": "sdood", "ood": "near", "seed": config.seed, "auroc": 99.0}]})
+        write_json(folder / "comparators" / "fake-it" / "fakes.json", {"steps": 175})
 
     def keep(*arguments, spent_s, **more):
         spent.append(spent_s)
@@ -103,3 +104,4 @@ def test_the_demo_goes_on_counting_seconds_where_its_runs_are_there(tmp_path, mo
     demo.main()
     assert spent == [0.0, 7.0, 0.0]
     assert read_json(tmp_path / "benchmarks" / "results" / "demo-given.json")["note"] == "said"
+    assert read_json(tmp_path / "benchmarks" / "results" / "demo-given.json")["fakes"] == [{"seed": 0, "steps": 175}]
