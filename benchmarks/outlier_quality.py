@@ -1,4 +1,4 @@
-"""Quality of outliers over S, w and the four modes on real images, and a figure of triplets.
+"""Quality of outliers over S, w and the four modes on real images; figures of triplets and of the loss by noise level.
 
 python -m benchmarks.outlier_quality --images data/benchmark_imglist/cifar10/train_cifar10.txt --root data/images_classic \\
     --inception weights-inception-2015-12-05-6726825d.pth --count 10000 --config configs/cifar10.yml        # one GPU
@@ -35,6 +35,7 @@ from sdood_plugin.outliers.quality import set_quality
 from sdood_plugin.outliers.sample import sample_batch
 from sdood_plugin.outliers.select import Verdicts
 from sdood_plugin.outliers.verdicts import Referee
+from sdood_plugin.report.figures import noise_levels
 from sdood_plugin.run import run
 from sdood_plugin.training import place, unet_format
 
@@ -218,12 +219,17 @@ def main() -> None:
     config, name = configuration(options), f"outlier_quality{options.suffix}"
     measured = {**as_dict(config), "count": options.count, "features": [as_dict(inspection) for inspection in inspections]}
     rows, spent = earlier(RESULTS / f"{name}.json", measured)
-    bench = Bench(config, ROOT / "runs" / "benchmarks" / name, options.count, inspections)
+    folder, figures = ROOT / "runs" / "benchmarks" / name, RESULTS.parent / "figures"
+    bench = Bench(config, folder, options.count, inspections)
     diffusion, over = bench.config.diffusion, ", ".join(features.name for features, _ in bench.inspections)
     model = f"{diffusion.size} U-Net, {diffusion.steps} steps of {diffusion.batch_size} images"
     note = f"{model}, trained on {len(bench.train)} images with their true labels; distances over {over}"
     facts = {"data": {"train": len(bench.train), "sources": len(bench.sources)}, "note": note, **bench.accuracy()}
-    bench.figure(RESULTS.parent / "figures" / f"{name}-triplets.png")
+    bench.figure(figures / f"{name}-triplets.png")
+    curve = noise_levels(folder)
+    assert curve is not None, "the diffusion stage has run"
+    with atomic_path(figures / f"{name}-noise-levels.png") as temporary:
+        curve.savefig(temporary, bbox_inches="tight", dpi=120)
     for mode, start, weight in SETTINGS:
         if not any((row["mode"], row["start_fraction"], row["guidance_weight"]) == (mode, start, weight) for row in rows):
             rows.append(bench.row(mode, start, weight))

@@ -110,7 +110,9 @@ def section(name: str, result: dict[str, Any]) -> str:
     """One result: where it comes from, its table, its paired differences, its figures."""
     figures = sorted((Path(__file__).parent / "figures").glob(f"{name}*.png"))
     pictures = [
-        f"![{path.stem}](figures/{path.name})" for path in figures if path.stem in (name, f"{name}-triplets", f"{name}-tsne")
+        f"![{path.stem}](figures/{path.name})"
+        for path in figures
+        if path.stem in (name, f"{name}-triplets", f"{name}-tsne", f"{name}-noise-levels")
     ]
     counts = ", ".join(f"{key} {value}" for key, value in result.get("data", {}).items())
     head = [
