@@ -23,7 +23,7 @@ SIZES = {
     "tiny": ["demo.yml", *TINY],
     "cpu": f"""cifar10.yml cifar10_vit_tiny.yml --data.train.limit 1000 --clustering.backbone vit_tiny_patch16_224
         --clustering.weights {VIT_TINY} --detector.frozen_blocks 10 --detector.augmentation none --detector.epochs 5
-        --detector.batch_size 32 --diffusion.size demo --diffusion.steps 1000 --diffusion.batch_size 64 --diffusion.lr 0.001
+        --detector.batch_size 32 --diffusion.size demo --diffusion.steps 300 --diffusion.batch_size 64 --diffusion.lr 0.001
         --diffusion.ema_decay 0.99 --outliers.mode away --outliers.guidance_weight 3 --outliers.start_fraction 0.2
         --outliers.sampler dpm --outliers.sampling_steps 6 --outliers.batch_size 100 --compare.methods {NEW}""".split(),
     "gpu": [
