@@ -255,10 +255,16 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
+    """The checkout's commit, with `-dirty` where code or settings differ from it; other files, such as results, do not count."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.yml", "*.j2")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     return None

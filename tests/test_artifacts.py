@@ -7,11 +7,13 @@ import hashlib
 import json
 import resource
 import stat
+import subprocess
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from sdood_plugin import artifacts
 from sdood_plugin.artifacts import (
     atomic_path,
     file_hash,
@@ -165,6 +167,28 @@ def test_hashes(tmp_path):
     assert file_hash(tmp_path / "x") == hashlib.sha256(data).hexdigest()
     assert value_hash({"a": 1, "b": [1, 2]}) == value_hash({"b": [1, 2], "a": 1})
     assert len({value_hash(value) for value in ({"a": 1}, {"a": 1.5}, {"a": "1"}, {"b": 1}, {"a": [1]}, {"a": None})}) == 6
+
+
+def test_the_commit_is_dirty_where_code_differs_and_not_where_a_result_does(tmp_path, monkeypatch):
+    def git(*words):
+        own = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *own, *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    code, result = tmp_path / "sdood_plugin" / "artifacts.py", tmp_path / "result.json"
+    code.parent.mkdir()
+    code.write_text("x = 1")
+    result.write_text("1")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(artifacts, "__file__", str(code))
+    head = git("rev-parse", "HEAD")
+    result.write_text("2")
+    assert provenance([])["commit"] == head
+    code.write_text("x = 2")
+    assert provenance([])["commit"] == f"{head}-dirty"
 
 
 def test_provenance_says_who_made_it():
