@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,10 +66,10 @@ def tiny_config(**changes) -> RunConfig:
 
 
 def artefacts(folder: Path) -> dict[str, bytes]:
-    """Bytes of everything a run makes that is not about when or how it was called."""
+    """Bytes of everything a run makes that is not about when or how it was called, nor the checkout's commit."""
     told = {"run.json", "config.yaml"}
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
+        path.relative_to(folder).as_posix(): re.sub(rb'commit(": "| )[0-9a-f]{40}(-dirty)?', b"", path.read_bytes())
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in told and path.parent.name != "stages"
     }

@@ -114,7 +114,7 @@ def _facts(made: OutlierSet) -> dict[str, Any]:
     clusterer = f" on features of {meta['label_backbone']} {_trained_from(started)}" if started else ""
     return {
         "data": meta.get("data", "not recorded"),
-        "sources": f"{len(made.sources.unique()):,}{total}, {config['per_source']} outliers made of each",
+        "sources": f"{len(made.sources.unique()):,}{total}, outliers made of each: {config['per_source']}",
         "labels": _label(meta) + clusterer,
         "classes": meta["classes"],
         "mode": config["mode"],
@@ -131,7 +131,9 @@ def _facts(made: OutlierSet) -> dict[str, Any]:
 def _label(meta: dict[str, Any]) -> str:
     """What a set's labels are."""
     source = meta.get("label_source")
-    return {None: "its origin was not recorded", "given": "a given label"}.get(source, f"a pseudo-label: its cluster by {source}")
+    return {None: "of an origin that was not recorded", "given": "a given label"}.get(
+        source, f"a pseudo-label: its cluster by {source}"
+    )
 
 
 def _trained_from(weights: str | None) -> str:

@@ -59,11 +59,11 @@ def generate(
         UsageError: The folder holds something else.
         RunError: Another process writes there, a shard is incomplete, or the disk is full.
     """
-    main = accelerator.is_main_process
+    main, earlier = accelerator.is_main_process, {}
     with only_writer(folder, main):
         if main:
             found = check_shards(shards, recipe) if shards else []  # before anything of the folder is touched
-            _open(folder, recipe)
+            earlier = _open(folder, recipe)
             if shards:
                 note_devices(folder, [device for shard_folder in shards for device in made_on(shard_folder)])
                 adopt(folder, found, recipe)
@@ -73,25 +73,30 @@ def generate(
         _make(recipe, unet, folder, mine, accelerator, judge, name)
         accelerator.wait_for_everyone()
         if main and shard is None:
-            meta = {**recipe.meta, "made_on": made_on(folder)}
+            meta = {**recipe.meta, **earlier, "made_on": made_on(folder)}
             write_lists(folder, _rows(folder, len(recipe.blocks)), COLUMNS, meta)
             write_card(folder, recipe.sources.images, controls)
             finished(folder)
         accelerator.wait_for_everyone()
 
 
-def _open(folder: Path, recipe: Recipe) -> None:
-    """Prepare the folder; a finished set of this recipe is taken apart into blocks again, so that each can be checked."""
+def _open(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Prepare the folder; a finished set of this recipe is taken apart into blocks again, so that each can be checked.
+
+    Returns:
+        The `commit` that such a set was made with, which stays its own when a file of it is made again.
+    """
     again = set_key(folder / META) == recipe.key
     prepare(folder, recipe.meta)
     if not again:
-        return
-    manifest = folder / "manifest.csv"
-    if manifest.is_file() and file_hash(manifest) == read_json(folder / META).get("manifest_sha256"):
+        return {}
+    manifest, meta = folder / "manifest.csv", read_json(folder / META)
+    if manifest.is_file() and file_hash(manifest) == meta.get("manifest_sha256"):
         rows = (list(row.values()) for row in open_manifest(manifest, COLUMNS[:1])[0])
         for number, block in enumerate(recipe.blocks):
             write_csv(part_file(folder, number), COLUMNS, islice(rows, len(block.jobs)))
     drop_lists(folder)
+    return {"commit": meta["commit"]} if "commit" in meta else {}
 
 
 def _make(

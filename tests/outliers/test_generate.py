@@ -163,6 +163,13 @@ def test_the_data_card_says_where_labels_and_reference_come_from(
     assert [row["heldout"] for row in rows] == [str(int(heldout[int(row["source_index"])])) for row in rows]
 
 
+def test_a_set_that_is_mended_keeps_its_commit(tmp_path, unet, accelerator, recipe):
+    first, later = (dataclasses.replace(recipe, origin={"commit": commit}) for commit in ("c0ffee", "decade"))
+    made = write(tmp_path, unet, first, accelerator, judge=judge)
+    (tmp_path / file_name(0, 0)).unlink()
+    assert write(tmp_path, unet, later, accelerator, judge=judge) == made
+
+
 def test_a_set_without_a_newer_column_opens_and_is_made_whole_again(tmp_path, unet, accelerator, recipe, reference):
     folder = copied(reference, tmp_path)
     place = COLUMNS.index("heldout")
