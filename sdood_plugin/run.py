@@ -95,7 +95,10 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
         input_size=detector.input_size,
         frozen_blocks=detector.frozen_blocks,
     )
-    if BY_NAME["train-comparators"] in chosen and "mscl" in config.compare.methods and detector.frozen_blocks == "all":
+    trained = config.compare.methods if BY_NAME["train-comparators"] in chosen else []
+    if "fake-it" in trained and config.compare.fake_it_frozen_blocks is not None:
+        check_backbone(detector.backbone, detector.weights, frozen_blocks=config.compare.fake_it_frozen_blocks)
+    if "mscl" in trained and detector.frozen_blocks == "all":
         raise UsageError(
             "compare.methods", "mscl with detector.frozen_blocks all", "blocks to train", "leave it out: it would be dn2"
         )

@@ -112,6 +112,13 @@ def test_mscl_on_a_frozen_backbone_is_refused_before_anything_is_trained(tmp_pat
     assert run(config, tmp_path / "run", "cluster") == {"cluster": "ran"}
 
 
+def test_fake_it_cannot_freeze_more_blocks_than_there_are(tmp_path):
+    config = tiny_config(compare=CompareConfig(["fake-it"], fake_it_frozen_blocks=9))
+    with pytest.raises(UsageError, match="frozen_blocks.*got 9"):
+        run(config, tmp_path / "run", "compare")
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_of_the_hub_are_a_name_and_no_file(compared, tmp_path):
     config = dataclasses.replace(compared[0], detector=DetectorConfig(weights="hub"))
     comparators = Comparators(Context(config, tmp_path), tmp_path)
