@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiment import Rows, data_facts
+from benchmarks.experiment import Rows, data_facts, with_given_labels
 from benchmarks.paired import add_pairs, read_scores
 from benchmarks.record import earlier, mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
     base = dataclasses.replace(read_config(options.config), report=False)
     base = dataclasses.replace(base, compare=dataclasses.replace(base.compare, methods=CompareConfig().methods))
     if options.labels == "given":
-        base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
+        base = with_given_labels(base)
     name, results = f"demo-{options.labels}{options.suffix}", ROOT / "benchmarks" / "results"
     noted = {"note": options.note} if options.note else {}
     begun = (ROOT / "runs" / "benchmarks" / f"{name}-{options.seeds[0]}").exists()  # else all is made anew

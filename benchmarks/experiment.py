@@ -132,6 +132,12 @@ def _placed(images: ImagesConfig, options: Options) -> ImagesConfig:
     return dataclasses.replace(images, path=str(_moved(images.path, options)), root=_moved(images.root, options))
 
 
+def with_given_labels(config: RunConfig) -> RunConfig:
+    """The configuration with true labels; the embedded data's detector starts from random weights then, at a rate for those."""
+    detector = dataclasses.replace(config.detector, lr=2e-3) if config.data.train.path == "demo" else config.detector
+    return dataclasses.replace(config, clustering=dataclasses.replace(config.clustering, method="given"), detector=detector)
+
+
 def with_present_sets(config: RunConfig, wanted: Sequence[OODConfig], options: Options) -> tuple[RunConfig, list[str]]:
     """The configuration with those OOD sets that are there, and the names of those that are not."""
     placed = [dataclasses.replace(one, images=_placed(one.images, options)) for one in wanted]

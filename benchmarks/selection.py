@@ -1,6 +1,7 @@
 """Which outliers help the detector: kinds, controls and guidance modes, several seeds, a digit left out of ID as the near OOD.
 
-python -m benchmarks.selection
+python -m benchmarks.selection --labels given
+python -m benchmarks.selection --suffix=-start --parts start       # what weights it starts from, at which learning rates
 python -m benchmarks.selection --seeds 0 --renders 1 --epochs 2          # a trial of the script
 python -m benchmarks.selection --config configs/cifar10.yml --suffix -cifar10 --labels hidden
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.demo import table
-from benchmarks.experiment import data_facts, handed_over
+from benchmarks.experiment import data_facts, handed_over, with_given_labels
 from benchmarks.record import RESULTS, earlier, mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
@@ -38,6 +39,7 @@ KEEPS = {
 }
 MODES = [("other", 2.0), ("other", 0.0), ("blend", 0.0), ("away", 3.0), ("away", 6.0)]
 START = 0.2
+STARTS = [("random", 2e-3), (None, 2e-3), (None, 6e-4), (None, 2e-4)]  # weights, null being the clustering's, and learning rate
 
 
 def variants(base: RunConfig) -> list[dict[str, Any]]:
@@ -54,13 +56,19 @@ def variants(base: RunConfig) -> list[dict[str, Any]]:
     )  # the one whose outliers are there comes first
     rest = {"start_fraction": START, "keep": "all", "controls": True}
     modes = [{"part": "modes", "mode": mode, "guidance_weight": weight, **rest} for mode, weight in others]
-    return [none, *ours, *modes]
+    starts = [
+        {"part": "start", **own, "keep": "all", "controls": True, "weights": weights, "lr": lr}
+        for weights, lr in ([] if base.clustering.method == "given" else STARTS)
+    ]
+    return [none, *ours, *modes, *starts]
 
 
 def name_of(variant: dict[str, Any]) -> str:
     """A variant in words."""
     if variant["part"] == "modes":
         return f"{variant['mode']}, w = {variant['guidance_weight']:g}"
+    if variant["part"] == "start":
+        return f"{variant['weights'] or 'clustering'}, lr = {variant['lr']:g}"
     return f"{variant['keep']}, {'with' if variant['controls'] else 'no'} controls"
 
 
@@ -73,16 +81,17 @@ def configured(base: RunConfig, variant: dict[str, Any], seed: int) -> RunConfig
     outliers = dataclasses.replace(
         base.outliers, mode=variant["mode"], guidance_weight=variant["guidance_weight"], start_fraction=variant["start_fraction"]
     )
-    ratios = {"control_ratio": base.detector.control_ratio if variant["controls"] else 0.0}
+    detector = {name: variant[name] for name in ("weights", "lr") if name in variant}
+    detector["control_ratio"] = base.detector.control_ratio if variant["controls"] else 0.0
     if variant["keep"] == "none":
-        ratios["outlier_ratio"] = 0.0
+        detector["outlier_ratio"] = 0.0
     return dataclasses.replace(
         base,
         seed=seed,
         data=data,
         clustering=clustering,
         outliers=outliers,
-        detector=dataclasses.replace(base.detector, **ratios),
+        detector=dataclasses.replace(base.detector, **detector),
         selection=SelectionConfig(KEEPS.get(variant["keep"], list(KINDS)), base.selection.flip_confidence),
     )
 
@@ -118,13 +127,18 @@ def run_variant(base: RunConfig, variant: dict[str, Any], seed: int, folder: Pat
 
 
 def ranking(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and deviation of the near AUROC of every variant, and of its difference to `all, with controls` of the same seed."""
+    """Mean and deviation of the near AUROC of every variant, and of its difference to the reference's of the same seed.
+
+    The reference is `all, with controls`, or else the first variant.
+    """
     near = {(row["method"], row["seed"]): row["auroc"] for row in rows if row.get("group") == "near"}
+    methods = list(dict.fromkeys(method for method, _ in near))
+    reference = "all, with controls" if "all, with controls" in methods else next(iter(methods), None)
     found = []
-    for method in dict.fromkeys(method for method, _ in near):
+    for method in methods:
         seeds = [seed for name, seed in near if name == method]
         mean, deviation = mean_and_deviation([near[method, seed] for seed in seeds])
-        shared = [near[method, seed] - near["all, with controls", seed] for seed in seeds if ("all, with controls", seed) in near]
+        shared = [near[method, seed] - near[reference, seed] for seed in seeds if (reference, seed) in near]
         difference = mean_and_deviation(shared) if shared else (None, None)
         found.append({"variant": method, "seeds": len(seeds), "auroc_near": mean, "deviation": deviation,
                       "gain": difference[0], "gain_deviation": difference[1]})  # fmt: skip
@@ -136,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yml")
     parser.add_argument("--labels", choices=["hidden", "given"], default="hidden")
+    parser.add_argument("--parts", choices=["kinds", "modes", "start"], nargs="+", default=["kinds", "modes"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(LEFT_OUT))
     parser.add_argument("--epochs", type=int, help="of the detector, in place of the configuration's")
     parser.add_argument("--renders", type=int, help="of the embedded data, in place of the configuration's")
@@ -151,7 +166,7 @@ def main() -> None:
     if options.train:
         base = dataclasses.replace(base, data=dataclasses.replace(base.data, train=ImagesConfig(options.train)))
     if options.labels == "given":
-        base = dataclasses.replace(base, clustering=dataclasses.replace(base.clustering, method="given"))
+        base = with_given_labels(base)
     name = f"selection{options.suffix}"
     rows, spent = earlier(RESULTS / f"{name}.json", as_dict(base))
     counts: dict[str, int] = {}
@@ -159,7 +174,8 @@ def main() -> None:
         folder = ROOT / "runs" / "benchmarks" / f"{name}-{seed}"
         images = data_facts(configured(base, variants(base)[0], seed), folder)["data"]  # the left-out digit is the seed's
         counts |= {f"{part}, seed {seed}": count for part, count in images.items()}
-        missing = [one for one in variants(base) if not any((row["method"], row["seed"]) == (name_of(one), seed) for row in rows)]
+        wanted = [one for one in variants(base) if one["part"] in options.parts]
+        missing = [one for one in wanted if not any((row["method"], row["seed"]) == (name_of(one), seed) for row in rows)]
         with handed_over(folder, dataclasses.replace(base, seed=seed), None, options.hand_over):
             for variant in missing:
                 rows += run_variant(base, variant, seed, folder)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.experiment import with_given_labels
 from benchmarks.record import write_result
 from benchmarks.sampling_speed import Batch, Judge, Setting, ours
 from sdood_plugin.cli import read_config
@@ -82,11 +83,10 @@ def main() -> None:
     parser.add_argument("--reference-epochs", type=int, default=8)
     parser.add_argument("--suffix", default="")
     options = parser.parse_args()
-    base = read_config(options.config)
+    base = with_given_labels(read_config(options.config))
     base = replace(
         base,
         report=False,
-        clustering=replace(base.clustering, method="given"),
         diffusion=replace(base.diffusion, steps=options.steps),
         detector=replace(base.detector, epochs=options.reference_epochs),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from .errors import RunError, UsageError
 
 HUB = "hub"  # in place of a file of weights: timm's own pre-trained ones
+RANDOM = "random"  # in place of a file of weights
 _CLASSIFIERS = ("head.", "head_dist.", "fc.", "classifier.")  # what timm calls the layers that `num_classes=0` leaves out
 
 
@@ -38,6 +40,11 @@ class SmallCNN(nn.Module):
     def group_matcher(coarse: bool = False) -> Callable[[str], int]:
         """timm's way to say which block a parameter belongs to: here its stage, the first one being the stem."""
         return lambda name: int(name.split(".")[1]) // 7  # a stage is two of convolution, norm and ReLU, and a pooling
+
+
+def weights_file(weights: str | Path | None) -> Path | None:
+    """The file that `weights` names; None where they are `hub`, `random` or null."""
+    return None if weights in (None, HUB, RANDOM) else Path(str(weights))
 
 
 def make_body(name: str, pretrained: bool = False) -> tuple[nn.Module, int | None, tuple[float, ...], tuple[float, ...]]:

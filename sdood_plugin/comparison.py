@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ._version import __version__
 from .artifacts import file_hash, read_tensors, tensor_hash, value_hash, write_csv, write_json, write_tensors, write_text
-from .backbones import HUB
+from .backbones import RANDOM, weights_file
 from .baselines.dn2 import knn_score
 from .baselines.fake_it import binary, fake_it_loss, sample_fakes, stop_after, unconditional
 from .baselines.mscl import train_mscl
@@ -126,13 +126,13 @@ class Comparators:
         images = self._train.images
         noise = uniform_noise(len(images), images.shape[-1], self.run.seed("noise"))
         outliers = Labelled(noise, torch.zeros(len(noise), dtype=torch.int64))
-        return self._exposure("oe-noise", self._network("oe-noise", self.run.config.detector, outliers, outlier_exposure_loss))
+        return self._exposure("oe-noise", self._network("oe-noise", self.run.detector, outliers, outlier_exposure_loss))
 
     def _exposed(self, method: str) -> Scorer:
         """Trained on the detector's own batches, controls among them: the loss is the only difference."""
         own = Comparators(self.run, self.run.folder / "exposed")
         outliers, controls = (read_outliers(self.run, name, False) for name in ("outliers", "controls"))
-        return self._exposure(method, own._network(method, self.run.config.detector, outliers, EXPOSED[method], controls))
+        return self._exposure(method, own._network(method, self.run.detector, outliers, EXPOSED[method], controls))
 
     def _exposure(self, method: str, network: ThreeHeadNet) -> Scorer:
         def scores(images: torch.Tensor) -> torch.Tensor:
@@ -177,7 +177,7 @@ class Comparators:
         network = self._network("fake-it", binary(config.detector, self._pretrained, config.compare), outliers, fake_it_loss)
         return self._knn("fake-it", network.backbone)
 
-    def _backbone(self, weights: Path | str) -> Backbone:
+    def _backbone(self, weights: str | Path) -> Backbone:
         own = self.run.config.detector
         return load_backbone(own.backbone, weights, pooling=own.pooling, input_size=own.input_size)
 
@@ -195,24 +195,22 @@ class Comparators:
         return score
 
     @cached_property
-    def _pretrained(self) -> Path | str:
+    def _pretrained(self) -> str:
         """Weights that fine-tuning and frozen features start from.
 
-        The detector's own (a timm file or the hub), else those the clustering ended with where its backbone is the same,
+        The detector's own unless they are random, else those the clustering ended with where its backbone is the same,
         else SimCLR as the clustering would train it.
         """
-        clustering, backbone = self.run.config.clustering, self.run.config.detector.backbone
-        if self.run.config.detector.weights is not None:
-            return self.run.config.detector.weights
-        if clustering.method != "given" and clustering.backbone == backbone:
-            trained = self.run.folder / "clustering" / "backbone.safetensors"
-            return trained if clustering.weights is None or trained.exists() else clustering.weights
-        path, config = self.folder / "pretext" / "pretext.safetensors", dataclasses.replace(clustering, backbone=backbone)
+        weights = self.run.detector.weights
+        if found := self.run.clustered_weights if weights == RANDOM else weights:
+            return found
+        path = self.folder / "pretext" / "pretext.safetensors"
+        config = dataclasses.replace(self.run.config.clustering, backbone=self.run.config.detector.backbone)
         key = self._key(as_dict(config), self.run.train.images)
         if not _is_kept(path, key):
             model, history = train_simclr(self.run.train.images, config, self._job("pretext", key))
             self._keep(path, key, lambda: write_tensors(path, model.state_dict()), history)
-        return path
+        return str(path)
 
     def _network(
         self,
@@ -279,9 +277,9 @@ class Comparators:
     def _settings(self, config: DetectorConfig, weights: Path | str | None) -> dict[str, Any]:
         """A detector's settings, its weights by what they are and not by where they lie."""
         by_content = weights
-        if weights not in (None, HUB):
-            made_of = Path(weights).with_suffix(".key")
-            by_content = made_of.read_text() if made_of.exists() else file_hash(Path(weights))
+        if file := weights_file(weights):
+            made_of = file.with_suffix(".key")
+            by_content = made_of.read_text() if made_of.exists() else file_hash(file)
         return {**as_dict(config), "weights": by_content}
 
     def _key(self, settings: dict[str, Any], *tensors: torch.Tensor) -> str:

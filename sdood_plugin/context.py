@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from .clustering.labels import PseudoLabels, read_labels
-from .config import RunConfig
+from .config import DetectorConfig, RunConfig
 from .data.images import ImageSet
 from .data.sources import load_images
 from .errors import RunError
@@ -118,6 +119,22 @@ class Context:
                 "lower --clustering.clusters or --scoring.k_distance, or give more images of it",
             )
         return labels
+
+    @property
+    def clustered_weights(self) -> str | None:
+        """What the clustering ended with, where its backbone is the detector's: a file or `hub`; None where it has none."""
+        clustering = self.config.clustering
+        if clustering.method == "given" or clustering.backbone != self.config.detector.backbone:
+            return None
+        if clustering.weights is None or clustering.finetune_epochs > 0:
+            return str(self.folder / "clustering" / "backbone.safetensors")
+        return clustering.weights
+
+    @property
+    def detector(self) -> DetectorConfig:
+        """The detector's settings, with the weights that null stands for."""
+        own = self.config.detector
+        return own if own.weights is not None else dataclasses.replace(own, weights=self.clustered_weights)
 
     def seed(self, stage: str) -> int:
         """The seed of one stage."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .artifacts import read_tensors
-from .backbones import HUB, fitting_weights, is_plain_vit, make_body, set_pooling
+from .backbones import HUB, fitting_weights, is_plain_vit, make_body, set_pooling, weights_file
 from .data.images import to_unit
 from .errors import UsageError
 
@@ -163,23 +163,23 @@ def check_backbone(
     """
     with torch.device("meta"):
         backbone = Backbone(name, pooling=pooling)
-        if weights is not None and weights != HUB:
-            fitting_weights(read_tensors(Path(weights)), backbone.body, name, weights)
+        if file := weights_file(weights):
+            fitting_weights(read_tensors(file), backbone.body, name, weights)
         if input_size is not None:
             backbone.resize_input(input_size)
         backbone.freeze(frozen_blocks)
 
 
 def load_backbone(name: str, weights: str | Path | None, *, pooling: str = "own", input_size: int | None = None) -> Backbone:
-    """A backbone with weights from a safetensors file (keys of the timm model or of `Backbone`), timm's (`hub`), or random ones.
+    """A backbone with weights of a safetensors file (keys of the timm model or of `Backbone`), timm's (`hub`) or random ones.
 
     Raises:
         UsageError: The file's tensors do not fit the model.
         RunError: The hub's weights could not be had.
     """
     backbone = Backbone(name, pooling=pooling, pretrained=weights == HUB)
-    if weights is not None and weights != HUB:
-        backbone.body.load_state_dict(fitting_weights(read_tensors(Path(weights)), backbone.body, name, weights))
+    if file := weights_file(weights):
+        backbone.body.load_state_dict(fitting_weights(read_tensors(file), backbone.body, name, weights))
     if input_size is not None:
         backbone.resize_input(input_size)
     return backbone

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DModel
 
 from .artifacts import file_hash, provenance
-from .backbones import HUB
+from .backbones import HUB, RANDOM, weights_file
 from .context import Context
 from .data.images import spread
 from .detector.network import load_network
@@ -97,22 +97,24 @@ def recipes(run: Context) -> dict[str, Recipe]:
 
 def _origin(run: Context) -> dict[str, str | None]:
     """Where images, labels and reference network of a run come from: names, hashes of weights, no paths."""
-    data, clustering, detector = run.config.data.train, run.config.clustering, run.config.detector
+    data, clustering, weights = run.config.data.train, run.config.clustering, run.detector.weights
     given = clustering.method == "given"
     return {
         "data": "demo" if data.path == "demo" else Path(data.path).resolve().name,
         "label_source": clustering.method,
         "label_backbone": None if given else clustering.backbone,
         "label_weights": None if given else _weights(clustering.weights),
-        "reference_backbone": detector.backbone,
-        "reference_weights": _weights(detector.weights),
+        "reference_backbone": run.config.detector.backbone,
+        "reference_weights": "clustering" if (run.folder / "clustering") in Path(str(weights)).parents else _weights(weights),
         "commit": provenance(())["commit"],
     }
 
 
 def _weights(name: str | None) -> str:
     """What a network started from: `random` weights, timm's own (`hub`), or those of a file by its hash."""
-    return "random" if name is None else name if name == HUB else file_hash(Path(name))
+    if file := weights_file(name):
+        return file_hash(file)
+    return HUB if name == HUB else RANDOM
 
 
 def load_sampler(run: Context) -> UNet2DModel:

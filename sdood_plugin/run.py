@@ -17,7 +17,7 @@ import yaml
 from . import stages
 from ._version import __version__
 from .artifacts import changes, file_hash, only_process, provenance, read_json, value_hash, write_json, write_text
-from .backbones import HUB
+from .backbones import HUB, weights_file
 from .clustering.labels import given_labels
 from .config import RunConfig, as_dict
 from .context import Context
@@ -76,10 +76,10 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
     config, out = context.config, context.folder.resolve()
     for name, file in (
         ("clustering.labels", config.clustering.labels),
-        ("clustering.weights", config.clustering.weights),
-        ("detector.weights", config.detector.weights),
+        ("clustering.weights", None if config.clustering.weights == HUB else config.clustering.weights),
+        ("detector.weights", weights_file(config.detector.weights)),
     ):
-        if file not in (None, HUB) and not Path(file).is_file():
+        if file is not None and not Path(file).is_file():
             raise UsageError(name, file, "a file", "check the path")
     tests = [config.data.test] if config.data.test is not None else []
     for images in (config.data.train, *tests, *(ood.images for ood in config.data.ood)):
@@ -192,8 +192,8 @@ def _key_parts(stage: Stage, context: Context) -> dict[str, Any]:
     if stage.name == "cluster" and given is not None:
         parts["label file"] = file_hash(Path(given))
     weights = config.clustering.weights if stage.name == "cluster" else config.detector.weights if "detector" in parts else None
-    if weights is not None and weights != HUB:
-        parts["weights file"] = file_hash(Path(weights))
+    if file := weights_file(weights):
+        parts["weights file"] = file_hash(file)
     if stage.name == "cluster" and config.clustering.method == "given" and given is None and context.train.labels is not None:
         parts["labels"] = value_hash(context.train.labels.tolist())
     if stage.sees_tests:

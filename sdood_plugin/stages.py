@@ -170,7 +170,7 @@ def train_network(
         Labelled(run.train.images[kept], labels.labels[kept]),
         outliers,
         controls,
-        run.config.detector,
+        run.detector,
         run.job(folder, key, name),
         classes=labels.classes,
         name=name,

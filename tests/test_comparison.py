@@ -49,7 +49,7 @@ def test_frozen_and_fine_tuned_features_start_from_the_pretext(compared):
     config, folder = compared
     pretext = read_tensors(folder / "clustering" / "backbone.safetensors")
     comparators = Comparators(Context(config, folder), folder / "comparators")
-    assert comparators._pretrained == folder / "clustering" / "backbone.safetensors"
+    assert comparators._pretrained == str(folder / "clustering" / "backbone.safetensors")
     mscl = read_tensors(folder / "comparators" / "mscl" / "backbone.safetensors")
     assert torch.equal(mscl["body.layers.0.weight"], pretext["body.layers.0.weight"])  # frozen half
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from sdood_plugin import context
+from sdood_plugin.artifacts import read_tensors
 from sdood_plugin.config import (
     ClusteringConfig,
     CompareConfig,
@@ -100,8 +101,40 @@ def test_outliers_and_controls_are_inspected_beside_their_sources(finished, tmp_
 def test_the_meta_of_a_run_tells_where_labels_and_models_come_from(finished):
     meta = json.loads((finished / "outliers" / "meta.json").read_text())
     assert (meta["data"], meta["label_source"], meta["label_weights"]) == ("demo", "kmeans", "random")
-    assert (meta["reference_backbone"], meta["reference_weights"], meta["training_images"]) == ("small_cnn", "random", 90)
-    assert "trained on training images only" in (finished / "outliers" / "README.md").read_text()
+    assert (meta["reference_backbone"], meta["reference_weights"], meta["training_images"]) == ("small_cnn", "clustering", 90)
+    assert "trained on training images only, from the clustering's weights" in (finished / "outliers" / "README.md").read_text()
+
+
+def test_networks_start_from_the_weights_of_the_clustering_unless_told_otherwise(finished, tmp_path):
+    still = dataclasses.replace(tiny_config().detector, lr=1e-12, weight_decay=0.0)
+    started = {}
+    for weights in (None, "random"):
+        folder = tmp_path / str(weights)
+        shutil.copytree(finished, folder)
+        run(tiny_config(detector=dataclasses.replace(still, weights=weights)), folder, "train-detector")
+        for name in ("reference", "detector"):
+            started[weights, name] = read_tensors(folder / name / f"{name}.safetensors")
+    clustered = read_tensors(finished / "clustering" / "backbone.safetensors")
+    for (weights, _), tensors in started.items():
+        same = [torch.allclose(tensors[f"backbone.{name}"], value) for name, value in clustered.items() if value.ndim == 4]
+        assert len(same) == 6 and all(same) == (weights is None) == any(same)
+
+
+@pytest.mark.parametrize(
+    ("clustering", "detector", "expected"),
+    [
+        ({"method": "given"}, {}, None),
+        ({"backbone": "resnet18_cifar"}, {}, None),
+        ({"weights": "w"}, {}, "w"),
+        ({"weights": "w", "finetune_epochs": 1}, {}, "clustering/backbone.safetensors"),
+        ({}, {"weights": "random"}, "random"),
+        ({}, {"weights": "other"}, "other"),
+    ],
+)
+def test_which_weights_a_detector_starts_from(tmp_path, clustering, detector, expected):
+    config = tiny_config(clustering=ClusteringConfig(**clustering), detector=DetectorConfig(**detector))
+    found = context.Context(config, tmp_path).detector.weights
+    assert found == (str(tmp_path / expected) if expected and "/" in expected else expected)
 
 
 def test_what_a_selection_drops_is_recorded_and_told(finished, tmp_path, caplog):

@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -47,12 +46,12 @@ def stop_after(config: DiffusionConfig, compare: CompareConfig) -> int:
     return min(compare.fake_it_steps or max(1, config.steps // 2), config.steps)
 
 
-def binary(config: DetectorConfig, pretrained: Path | str, compare: CompareConfig) -> DetectorConfig:
+def binary(config: DetectorConfig, pretrained: str, compare: CompareConfig) -> DetectorConfig:
     """The detector's settings for ID against fakes: as many fakes as ID images in a batch, from pre-trained weights."""
     frozen = config.frozen_blocks if compare.fake_it_frozen_blocks is None else compare.fake_it_frozen_blocks
     return dataclasses.replace(
         config,
-        weights=str(pretrained),
+        weights=pretrained,
         outlier_ratio=1.0,
         control_ratio=0.0,
         lr=compare.fake_it_lr or config.lr,

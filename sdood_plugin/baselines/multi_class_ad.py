@@ -11,13 +11,12 @@ outliers and the controls are what sets ours apart, not the outliers alone.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from ..config import CompareConfig, DetectorConfig
 
 
-def fine_tuning(config: DetectorConfig, pretrained: Path | str, compare: CompareConfig) -> DetectorConfig:
+def fine_tuning(config: DetectorConfig, pretrained: str, compare: CompareConfig) -> DetectorConfig:
     """The detector's settings for cross-entropy on pseudo-labels alone, from pre-trained weights."""
     return dataclasses.replace(
-        config, weights=str(pretrained), outlier_ratio=0.0, control_ratio=0.0, lr=compare.multi_class_lr or config.lr
+        config, weights=pretrained, outlier_ratio=0.0, control_ratio=0.0, lr=compare.multi_class_lr or config.lr
     )

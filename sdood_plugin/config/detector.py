@@ -15,7 +15,8 @@ class DetectorConfig:
 
     Args:
         backbone: `small_cnn`, `resnet18_cifar`, or the name of any timm model.
-        weights: safetensors file for the backbone, or `hub` for timm's own; null starts from random weights.
+        weights: What the backbone starts from: a safetensors file, `hub` (timm's own) or `random`; null takes what the
+            clustering ended with where its backbone is the same, else random weights.
         input_size: Side in pixels the backbone gets all images in; null is a timm model's own.
         pooling: The feature: `own` is the model's, `cls` and `mean` a transformer's class token and mean token.
         frozen_blocks: The stem and so many blocks keep their weights; `all` trains the heads alone. Where `augmentation`

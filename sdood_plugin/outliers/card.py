@@ -142,6 +142,8 @@ def _trained_from(weights: str | None) -> str:
         return "trained on training images; what weights it started from was not recorded"
     if weights == "random":
         return "trained on training images only"
+    if weights == "clustering":
+        return "trained on training images only, from the clustering's weights"
     return f"fine-tuned on training images from pre-trained weights {'of timm' if weights == 'hub' else f'`{weights[:12]}`'}"
 
 

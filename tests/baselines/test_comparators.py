@@ -88,10 +88,10 @@ def test_mscl_moves_the_late_layers_and_nothing_else(accelerator, tmp_path):
 
 def test_multi_class_ad_is_cross_entropy_from_pretrained_weights_and_nothing_else_changes(tmp_path):
     config = DetectorConfig(epochs=7, lr=0.01)
-    tuned = fine_tuning(config, tmp_path, CompareConfig())
+    tuned = fine_tuning(config, str(tmp_path), CompareConfig())
     assert (tuned.weights, tuned.outlier_ratio, tuned.control_ratio) == (str(tmp_path), 0, 0)
     assert dataclasses.replace(tuned, weights=None, outlier_ratio=0.5, control_ratio=0.5) == config
-    assert fine_tuning(config, tmp_path, CompareConfig(multi_class_lr=3.0)).lr == 3.0
+    assert fine_tuning(config, str(tmp_path), CompareConfig(multi_class_lr=3.0)).lr == 3.0
 
 
 def test_fake_it_tells_fakes_from_id_and_knows_no_class(generator):

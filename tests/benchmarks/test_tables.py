@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,17 +21,19 @@ from benchmarks import (
     paired,
     readme,
     real_vit_tiny,
+    selection,
     table1,
     table1_openood,
     table2,
     table3,
     table4,
 )
-from benchmarks.experiment import configuration, read_options, with_present_sets
+from benchmarks.experiment import configuration, read_options, with_given_labels, with_present_sets
 from benchmarks.handover import pack
 from benchmarks.record import summary
 from sdood_plugin import run as running
 from sdood_plugin.artifacts import file_hash, read_csv, read_json, value_hash, write_json, write_tensors, write_text
+from sdood_plugin.cli import read_config
 from sdood_plugin.config import CompareConfig, ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
 from sdood_plugin.outliers.dataset import OutlierSet
@@ -337,3 +340,15 @@ def test_a_result_of_older_code_says_so(tmp_path, monkeypatch):
     assert readme.shortcomings({"commit": "0" * 40, "threads": 1, "summary": []}) == (
         "older code: its command may differ; not recorded: image counts"
     )
+
+
+def test_a_start_of_the_selection_changes_weights_and_rate_alone():
+    base = read_config(selection.ROOT / "configs" / "demo.yml")
+    whole = next(one for one in selection.variants(base) if selection.name_of(one) == "all, with controls")
+    starts = [one for one in selection.variants(base) if one["part"] == "start"]
+    for variant, (weights, lr) in zip(starts, selection.STARTS, strict=True):
+        changed = dataclasses.replace(base.detector, weights=weights, lr=lr)
+        assert selection.configured(base, variant, 0) == dataclasses.replace(
+            selection.configured(base, whole, 0), detector=changed
+        )
+    assert not any(one["part"] == "start" for one in selection.variants(with_given_labels(base)))
