@@ -54,10 +54,20 @@ def cached_features(
     return found
 
 
+def line_names(data_root: Path, name: str, index: torch.Tensor) -> list[str]:
+    """The images' names at some lines of a set's imglist."""
+    lines = _lines(data_root / "benchmark_imglist" / "cifar10" / LISTS[name])
+    return [lines[row].rsplit(maxsplit=1)[0] for row in index.tolist()]
+
+
+def _lines(imglist: Path) -> list[str]:
+    return [line for line in imglist.read_text().splitlines() if line.strip()]
+
+
 def _cached(
     imglist: Path, limit: int | None, root: Path, weights: Path, file: Path, backbone: str, device: str
 ) -> dict[str, torch.Tensor]:
-    lines = [line for line in imglist.read_text().splitlines() if line.strip()]
+    lines = _lines(imglist)
     count = min(limit or len(lines), len(lines))
     origin = {"imglist": imglist.name, "backbone": backbone, "images": str(count), "lines": value_hash(lines)}
     if origin_of(file) != origin | {"weights": file_hash(weights)}:

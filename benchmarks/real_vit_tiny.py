@@ -13,9 +13,9 @@ rows are pre-trained: the backbone has seen ImageNet with labels. The methods:
   means of the features of two images of different classes, which no image was generated for.
 - sdood, bank N: both banks reduced to N rows together by k-means.
 
-True labels train the heads, mahalanobis and vim (the labelled protocol). Seeds decide which tenth of the training images is
-held out for alpha and the scale, the mixtures and the heads' first weights. Features of test images are read when every seed
-is fitted.
+True labels train the heads, mahalanobis and vim (the labelled protocol). Seeds decide which tenth of the training images, with
+the outliers made of them, is held out for alpha and the scale, the mixtures and the heads' first weights. Features of test
+images are read when every seed is fitted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks.features_cache import BACKBONE, CACHE, TRAIN_IMAGES, cached_features, features_of
+from benchmarks.features_cache import BACKBONE, CACHE, TRAIN_IMAGES, cached_features, features_of, line_names
 from benchmarks.paired import add_pairs
 from benchmarks.record import RESULTS, mean_and_deviation, write_result
 from sdood_plugin.baselines.dn2 import knn_score
@@ -54,6 +54,11 @@ class Labelled(NamedTuple):
 
     features: torch.Tensor
     labels: torch.Tensor
+
+    @classmethod
+    def of(cls, kept: dict[str, torch.Tensor]) -> Labelled:
+        """What the cache keeps of a set."""
+        return cls(kept["features"], kept["labels"])
 
     def part(self, chosen: torch.Tensor) -> Labelled:
         """Those at a mask or at positions."""
@@ -177,7 +182,7 @@ def fit_seed(seed: int, whole: Labelled, made: OutlierFeatures | None, sizes: li
     if made is None:
         outliers, held_outliers = (mixtures(part, step_generator(seed, "mixtures", len(part.labels))) for part in (train, held))
     else:
-        outliers, held_outliers = made.split(seed)
+        outliers, held_outliers = made.split(heldout)
     given = (train.features, outliers.features, held.features, held_outliers.features)
     small = {size: fit_score(*given, ScoringConfig(bank_size=size)) for size in sizes}
     layers = train_heads(train, None, seed), train_heads(train, outliers, seed)
@@ -185,26 +190,29 @@ def fit_seed(seed: int, whole: Labelled, made: OutlierFeatures | None, sizes: li
 
 
 class OutlierFeatures:
-    """Features of an outlier set; the outliers of a tenth of the sources are held out.
+    """Features of an outlier set, held out where their sources are.
 
     Args:
         folder: The set.
+        names: Of the training images, in order; every source is one of them.
         weights: Of the backbone.
         device: Where to compute.
     """
 
-    def __init__(self, folder: Path, weights: Path, device: str) -> None:
-        made = OutlierSet(folder)
+    def __init__(self, folder: Path, names: list[str], weights: Path, device: str) -> None:
+        made, place = OutlierSet(folder), {name: row for row, name in enumerate(names)}
+        sources = [str(row["source"]) for row in made.manifest]
+        unknown = [source for source in sources if source not in place]
+        if unknown:
+            raise SystemExit(f"{folder}: {len(unknown)} sources, {unknown[0]} the first, are not among the training images")
         images = ImageSet(made.images, [str(row) for row in range(len(made))])
         self.all = Labelled(features_of(images, load_backbone(BACKBONE, weights), device), made.labels)
-        self.sources = made.sources
+        self.sources = torch.tensor([place[source] for source in sources])
 
-    def split(self, seed: int) -> tuple[Labelled, Labelled]:
-        """(for training and the bank, held out)."""
-        names, position = self.sources.unique(return_inverse=True)
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(derive_seed(seed, "sources")))
-        heldout = (order < max(1, len(names) // 10))[position]
-        return self.all.part(~heldout), self.all.part(heldout)
+    def split(self, heldout: torch.Tensor) -> tuple[Labelled, Labelled]:
+        """(for training and the bank, held out); `heldout` bool (N,) is of the training images."""
+        chosen = heldout[self.sources]
+        return self.all.part(~chosen), self.all.part(chosen)
 
 
 def records(seed: int, found: Scores, kind: str) -> list[dict[str, Any]]:
@@ -224,15 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Fit every seed, then score the test sets and write, after each seed."""
     settings = read_arguments(arguments)
 
-    def read(names: Sequence[str]) -> list[Labelled]:
+    def read(names: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         sizes = {"train_images": settings.train_images, "test_images": settings.test_images, "device": settings.device}
-        cached = cached_features(settings.data_root, settings.weights, settings.cache, **sizes, names=names)
-        return [Labelled(tensors["features"], tensors["labels"]) for tensors in cached.values()]
+        return list(cached_features(settings.data_root, settings.weights, settings.cache, **sizes, names=names).values())
 
-    (whole,) = read(["cifar10_train"])
-    made = OutlierFeatures(settings.outliers, settings.weights, settings.device) if settings.outliers else None
+    (kept,) = read(["cifar10_train"])
+    whole, names = Labelled.of(kept), line_names(settings.data_root, "cifar10_train", kept["index"])
+    made = OutlierFeatures(settings.outliers, names, settings.weights, settings.device) if settings.outliers else None
     fitted = [fit_seed(seed, whole, made, settings.bank_sizes) for seed in settings.seeds]
-    tests = read(["cifar10_test", *OODS])
+    tests = [Labelled.of(kept) for kept in read(["cifar10_test", *OODS])]
     kind = "images of an outlier set" if made else "feature-space mixtures of two classes"
     rows: list[dict[str, Any]] = []
     parts = zip(["cifar10_train", "cifar10_test", *OODS], [whole, *tests], strict=True)

@@ -7,6 +7,7 @@ import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -143,7 +144,11 @@ def test_frozen_features_of_test_images_are_read_after_every_seed_is_fitted(tmp_
         count = counts.get(name, 30)
         lines = [f"{row}.png {row % 10}" for row in range(count)]
         write_text(tmp_path / "data" / "benchmark_imglist" / "cifar10" / imglist, "\n".join(lines))
-        tensors = {"features": torch.randn(count, 16, generator=generator), "labels": torch.arange(count) % 10}
+        tensors = {
+            "features": torch.randn(count, 16, generator=generator),
+            "labels": torch.arange(count) % 10,
+            "index": torch.arange(count),
+        }
         origin = {"imglist": imglist, "backbone": features_cache.BACKBONE, "images": str(count), "lines": value_hash(lines)}
         write_tensors(tmp_path / "cache" / f"{name}.safetensors", tensors, origin | {"weights": file_hash(weights)})
     events = []
@@ -168,6 +173,21 @@ def test_frozen_features_of_test_images_are_read_after_every_seed_is_fitted(tmp_
     result = read_json(tmp_path / "real_vit_tiny.json")
     assert result["rows"] == rows and [one["seed"] for one in result["chosen"]] == [0, 1]
     assert {row["n_runs"] for row in result["paired"]} == {2}
+
+
+def test_outliers_are_held_out_with_the_images_they_are_made_of(tmp_path, monkeypatch):
+    made = mock.MagicMock(
+        manifest=[{"source": name} for name in ("b", "c", "b", "a")], images=torch.zeros(4, 3, 2, 2), labels=torch.arange(4)
+    )
+    made.__len__.return_value = 4
+    monkeypatch.setattr(real_vit_tiny, "OutlierSet", lambda _folder: made)
+    monkeypatch.setattr(real_vit_tiny, "load_backbone", lambda *_: None)
+    monkeypatch.setattr(real_vit_tiny, "features_of", lambda images, *_: torch.arange(len(images.images))[:, None].float())
+    found = real_vit_tiny.OutlierFeatures(tmp_path, ["a", "b", "c"], tmp_path, "cpu")
+    kept, heldout = found.split(torch.tensor([True, False, True]))
+    assert (kept.labels.tolist(), heldout.labels.tolist()) == ([0, 2], [1, 3])
+    with pytest.raises(SystemExit, match="1 sources, c the first"):
+        real_vit_tiny.OutlierFeatures(tmp_path, ["a", "b"], tmp_path, "cpu")
 
 
 def test_a_grid_that_was_cut_off_does_the_cells_that_are_missing(place, monkeypatch):
