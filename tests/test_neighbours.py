@@ -172,6 +172,17 @@ def test_the_error_of_candidates_is_within_its_bound(generator, way, spread):
     assert float(error.max()) < (0.05 if way == "bfloat16" else 1e-4)
 
 
+def test_tight_clusters_are_told_apart_by_products_in_float64(generator, monkeypatch):
+    # within a class the squared distances differ by less than float32 sums of unit rows may be off by
+    monkeypatch.setattr(Bank, "_by_definition", lambda *_: pytest.fail("without a product"))
+    means = F.normalize(torch.randn(3, 64, generator=generator), dim=1).repeat(300, 1)
+    features = F.normalize(means + 1e-3 * torch.randn(900, 64, generator=generator), dim=1)
+    distances, rows = Bank(features).nearest(features[:40], 3)
+    expected, order = naive(features[:40], features, 3)
+    assert torch.equal(rows, order)
+    torch.testing.assert_close(distances, expected, rtol=1e-12, atol=0)
+
+
 def test_a_query_that_candidates_do_not_settle_is_searched_by_the_definition(generator, monkeypatch):
     asked = []
     original = Bank._by_definition
@@ -184,15 +195,86 @@ def test_a_query_that_candidates_do_not_settle_is_searched_by_the_definition(gen
     assert sum(asked) == 10
 
 
-def test_products_of_less_precision_are_allowed_for(generator, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")  # what a user may have set
+def set_everywhere(precision):
+    torch.backends.fp32_precision = precision
+
+
+def set_for_processors(precision):
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+def set_for_gpus(precision):
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+BY_BACKEND = pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch < 2.9 has one precision for all")
+
+
+@pytest.fixture
+def products_in(request):
+    """The test's products in the precision that a user may have set; afterwards in torch's own."""
+    setter, precision = request.param
+    setter(precision)
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for again in (set_everywhere, set_for_processors, set_for_gpus) if hasattr(torch.backends.mkldnn, "matmul") else ():
+        again("none")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    "products_in",
+    [
+        (torch.set_float32_matmul_precision, "medium"),
+        pytest.param((set_everywhere, "bf16"), marks=BY_BACKEND),
+        pytest.param((set_for_processors, "bf16"), marks=BY_BACKEND),
+    ],
+    indirect=True,
+)
+def test_products_of_less_precision_are_allowed_for(generator, monkeypatch, products_in):
     exactly = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: out.copy_(exactly(a.bfloat16().float(), b.bfloat16().float())))
     features = F.normalize(torch.randn(200, 64, generator=generator), dim=1)
     found = candidates.ProductFinder(lambda start, stop: features[start:stop], 200, torch.float32)(features[:20], 200)
     off = ((features[:20, None] - features[found.rows]).square().sum(dim=2) - found.values).abs().amax(dim=1)
-    assert (off < found.error).all() and (off > candidates.float32_error(features[:20])).any()
+    assert (off < found.error).all() and (off > candidates.summing_error(features[:20])).any()
     assert torch.equal(nearest(features[:20], features, 3)[1], naive(features[:20], features, 3)[1])
+
+
+@BY_BACKEND
+@pytest.mark.parametrize("products_in", [(set_for_gpus, "tf32")], indirect=True)
+def test_each_device_has_its_own_precision(generator, products_in):
+    assert [candidates._matmul_rounding(torch.device(name)) for name in ("cuda", "cpu")] == [2.0**-10, 0.0]
+    features = torch.randn(200, 64, generator=generator)
+    assert torch.equal(nearest(features[:5], features, 3)[1], naive(features[:5], features, 3)[1])
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_gpus_add_up_in_float32_and_are_left_as_they_were(monkeypatch, allowed):
+    class Setting:
+        allow_bf16_reduced_precision_reduction = allowed
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Setting)
+    with pytest.raises(KeyError), candidates._added_in_float32(torch.device("cuda")):
+        assert not Setting.allow_bf16_reduced_precision_reduction
+        raise KeyError
+    assert Setting.allow_bf16_reduced_precision_reduction == allowed
+    with candidates._added_in_float32(torch.device("cpu")):
+        assert Setting.allow_bf16_reduced_precision_reduction == allowed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: partial sums in bfloat16 are made there")
+@pytest.mark.parametrize(("queries", "rows", "width"), [(8, 700, 16384), (64, 256, 8192), (512, 4096, 512)])
+def test_the_bound_holds_for_long_sums_on_a_gpu(generator, queries, rows, width):
+    # few results of long sums: products are split along the sum, and what the parts sum to may be rounded
+    means = F.normalize(torch.randn(1, width, generator=generator), dim=1)
+    features = F.normalize(means + 1e-3 * torch.randn(rows, width, generator=generator), dim=1).cuda()
+    asked = features[:queries].flip(1)
+    found = candidates.ProductFinder(lambda start, stop: features[start:stop], rows, torch.bfloat16)(asked, 50)
+    true = torch.stack([(one.double() - features[near]).square().sum(dim=1) for one, near in zip(asked, found.rows, strict=True)])
+    off = (true - found.values).abs()
+    assert (off <= found.error.double()[:, None] + 2 * found.relative * true).all()
+    assert torch.equal(nearest(asked, features, 5)[1].cpu(), nearest(asked.cpu(), features.cpu(), 5)[1])
 
 
 @pytest.mark.parametrize(
@@ -209,9 +291,11 @@ def test_a_query_is_settled_when_no_other_row_can_be_nearer(last, relative, sett
 
 def test_backends_answer_alike(generator, way):
     features, queries = torch.randn(900, 16, generator=generator), torch.randn(30, 16, generator=generator)
-    if way == "faiss":
-        own, theirs = (Bank(features, backend=name).nearest(queries, 5) for name in ("torch", "faiss"))
-        assert torch.equal(own[1], theirs[1]) and torch.equal(own[0], theirs[0])
+    by_way, by_torch = (
+        Bank(features, backend=name).nearest(queries, 5) for name in ("faiss" if way == "faiss" else "auto", "torch")
+    )
+    assert torch.equal(by_way[1], naive(queries, features, 5)[1])
+    assert torch.equal(by_way[0], by_torch[0]) and torch.equal(by_way[1], by_torch[1])
 
 
 def test_faiss_that_is_absent_is_named(monkeypatch):

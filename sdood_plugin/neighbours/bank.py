@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
@@ -23,8 +23,9 @@ class Bank:
 
     The neighbours are those by the definition sum (q - b)^2 in float64, equal distances in the order of the bank, whatever
     the backend, the precision of the products, or which queries are searched together. Products in bfloat16, then in
-    float32, give candidates and a bound of their error. A query whose k-th candidate, errors included, is nearer than the
-    last candidate is settled; of the others, more candidates are taken, and what remains is searched by the definition.
+    float32 and float64, give candidates and a bound of their error. A query whose k-th candidate, errors included, is nearer
+    than the last candidate is settled; of the others, more candidates are taken, and what remains is searched by the
+    definition.
 
     Args:
         features: float (M, D), M > 0, on any device.
@@ -44,7 +45,10 @@ class Bank:
         self.backend = backend
         self.centre = self.features.mean(dim=0)
         self._scale = 1.0
-        self._scale = max(float(self._centred(part).norm(dim=1).max()) for part in self.features.split(1 << 16)) or 1.0
+        self._finders: dict[torch.dtype, Finder] = {}
+        self._scale = (
+            max(float(self._centred(part, torch.float32).norm(dim=1).max()) for part in self.features.split(1 << 16)) or 1.0
+        )
 
     def __len__(self) -> int:
         return len(self.features)
@@ -61,7 +65,7 @@ class Bank:
             query_chunk: Queries searched together; bounds the memory, changes no answer.
 
         Returns:
-            (distances, rows): float (N, k) squared distances, ascending, and int64 (N, k).
+            (distances, rows): float64 (N, k) squared distances, ascending (float32 on Apple GPUs), and int64 (N, k).
 
         Raises:
             UsageError: k that does not fit, another width than the bank's, or values that are not finite.
@@ -87,25 +91,26 @@ class Bank:
         return distances, rows
 
     def _search(self, queries: torch.Tensor, k: int, query_chunk: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        distances = queries.new_empty(len(queries), k)
+        exact = _exact(queries.device)
+        distances = queries.new_empty(len(queries), k, dtype=exact)
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         chunk = query_chunk or (512 if queries.device.type == "cpu" else 4096)
         pending = torch.arange(len(queries), device=queries.device)
-        too_alike = False
-        for low, count in self._attempts(k):
-            if low and too_alike:
+        too_alike = None
+        for precision, count in self._attempts(k):
+            if precision == too_alike:
                 continue
-            finder, left = self._low if low else self._single, []
+            finder, left = self._finder(precision), []
             parts = self._parts(pending, chunk, finder)
             for number, part in enumerate(parts):
-                found = finder(self._centred(queries[part]), count)
+                found = finder(self._centred(queries[part], precision), count)
                 near, settled = self._settled(found, k)
                 done = part[settled]
                 distances[done], rows[done] = self._ranked(queries[done], near[settled], k)
                 left.append(part[~settled])
-                if low and number == 0 and 2 * len(done) < len(part):
+                if precision != exact and number == 0 and 2 * len(done) < len(part):
                     left += parts[1:]
-                    too_alike = True
+                    too_alike = precision
                     break
             pending = torch.cat(left) if left else pending
             if not len(pending):
@@ -114,35 +119,36 @@ class Bank:
             distances[part], rows[part] = self._ranked(queries[part], self._by_definition(queries[part], k), k)
         return distances, rows
 
-    def _attempts(self, k: int) -> Iterator[tuple[bool, int]]:
-        """Whether in low precision, and how many candidates to take, from the fastest to the most exact."""
+    def _attempts(self, k: int) -> Iterator[tuple[torch.dtype, int]]:
+        """Precision of the products, and how many candidates to take, from the fastest to the most exact."""
         counts = sorted({min(len(self), factor * (k + _SPARE)) for factor in (1, 16)})
-        if self.backend != "faiss" and multiplies_bfloat16(self.features.device):
-            yield from ((True, count) for count in counts)
-        yield from ((False, count) for count in counts)
+        low = [torch.bfloat16] if self.backend != "faiss" and multiplies_bfloat16(self.features.device) else []
+        for precision in dict.fromkeys([*low, torch.float32, _exact(self.features.device)]):
+            yield from ((precision, count) for count in counts)
 
     def _parts(self, pending: torch.Tensor, chunk: int, finder: Finder) -> tuple[torch.Tensor, ...]:
-        """Queries to search together: a few that show whether low precision will do; many for faiss, which has its own blocks."""
-        if isinstance(finder, FaissFinder):
-            return pending.split(16 * chunk)
-        return (*pending[:_PROBE].split(chunk), *pending[_PROBE:].split(chunk))
+        """Queries to search together: a few that show whether a precision will do; many for faiss, which has its own blocks."""
+        size = 16 * chunk if isinstance(finder, FaissFinder) else chunk
+        return (*pending[:_PROBE].split(chunk), *pending[_PROBE:].split(size))
 
-    @cached_property
-    def _low(self) -> Finder:
-        return ProductFinder(self._rows, len(self), torch.bfloat16)
+    def _finder(self, precision: torch.dtype) -> Finder:
+        """What finds candidates by products in that precision, made once."""
+        if precision not in self._finders:
+            rows, use_faiss = partial(self._rows, precision), precision == torch.float32 and self._takes_faiss()
+            self._finders[precision] = FaissFinder(rows(0, len(self))) if use_faiss else ProductFinder(rows, len(self), precision)
+        return self._finders[precision]
 
-    @cached_property
-    def _single(self) -> Finder:
+    def _takes_faiss(self) -> bool:
         on_cpu, installed = self.features.device.type == "cpu", find_spec("faiss") is not None
-        use_faiss = self.backend == "faiss" or (self.backend == "auto" and on_cpu and installed and len(self) >= _MANY)
-        return FaissFinder(self._rows(0, len(self))) if use_faiss else ProductFinder(self._rows, len(self), torch.float32)
+        return self.backend == "faiss" or (self.backend == "auto" and on_cpu and installed and len(self) >= _MANY)
 
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        return self._centred(self.features[start:stop])
+    def _rows(self, precision: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        return self._centred(self.features[start:stop], precision)
 
-    def _centred(self, rows: torch.Tensor) -> torch.Tensor:
+    def _centred(self, rows: torch.Tensor, precision: torch.dtype) -> torch.Tensor:
         """Moved and scaled as candidates want them: the rounding of products goes with the norms, which this makes small."""
-        return (rows - self.centre).div_(self._scale).float()
+        wanted = torch.promote_types(precision, torch.float32)
+        return (rows.to(torch.promote_types(rows.dtype, wanted)) - self.centre).div_(self._scale).to(wanted)
 
     def _settled(self, found: Candidates, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Candidates (n, c') that may be among the k nearest, and bool (n,): whether no other row can be."""
@@ -158,10 +164,10 @@ class Bank:
         """Distances and rows (n, k) of the nearest of the candidates (n, c), by the definition."""
         exact = _exact(queries.device)
         at_once = max(1, (1 << (19 if queries.device.type == "cpu" else 26)) // (candidates.shape[1] * queries.shape[1]))
-        distances, rows = [queries.new_empty(0, k)], [candidates.new_empty(0, k)]
+        distances, rows = [queries.new_empty(0, k, dtype=exact)], [candidates.new_empty(0, k)]
         for some, chosen in zip(queries.split(at_once), candidates.sort(dim=1).values.split(at_once), strict=True):
             order = (some.to(exact)[:, None] - self.features[chosen]).square().sum(dim=2).sort(dim=1, stable=True)
-            distances.append(order.values[:, :k].to(queries.dtype))
+            distances.append(order.values[:, :k])
             rows.append(chosen.gather(1, order.indices[:, :k]))
         return torch.cat(distances), torch.cat(rows)
 
@@ -183,8 +189,9 @@ class Bank:
 def nearest(
     queries: torch.Tensor, bank: torch.Tensor, k: int, *, exclude_self: bool = False, query_chunk: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k nearest rows of a bank that is searched once: `Bank(bank).nearest(queries, k)`."""
-    return Bank(bank).nearest(queries, k, exclude_self=exclude_self, query_chunk=query_chunk)
+    """`Bank(bank).nearest(queries, k)` of a bank that is searched once, its distances in float32 or as wide as the queries."""
+    distances, rows = Bank(bank).nearest(queries, k, exclude_self=exclude_self, query_chunk=query_chunk)
+    return distances.to(torch.promote_types(queries.dtype, torch.float32)), rows
 
 
 def _exact(device: torch.device) -> torch.dtype:

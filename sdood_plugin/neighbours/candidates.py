@@ -5,7 +5,8 @@ Everything here is of centred features scaled by the largest norm in the bank, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,11 @@ import torch
 BLOCK = 4096  # bank rows of one matrix product: its operands and its result stay in a processor's cache
 GROUP = 16  # products that share one list of minima
 _PADDING = 1e38  # "squared distance" of rows that fill up the last block
-_PARTS = {torch.bfloat16: 3, torch.float32: 1}  # summands a float32 squared norm is split into, exactly
-_MATMUL_ROUNDING = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}  # torch.set_float32_matmul_precision
+_PARTS = {torch.bfloat16: 3, torch.float32: 1, torch.float64: 1}  # summands a squared norm is split into, exactly
+_RELATIVE = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22, torch.float64: 2.0**-51}  # rounding of the result, at least
+_TF32, _BFLOAT16 = 2.0**-10, 2.0**-7
+_MATMUL_ROUNDING = {"none": 0.0, "ieee": 0.0, "tf32": _TF32, "bf16": _BFLOAT16}  # torch.backends' fp32_precision
+_MATMUL_ROUNDING |= {"highest": 0.0, "high": _TF32, "medium": _BFLOAT16}  # torch.get_float32_matmul_precision
 
 
 class Candidates(NamedTuple):
@@ -24,27 +28,28 @@ class Candidates(NamedTuple):
     `error` of the approximate one after that is taken from or to within a factor of 1 +- `relative`.
     """
 
-    values: torch.Tensor  # float32 (n, c), approximate squared distances, ascending
+    values: torch.Tensor  # float32 or float64 (n, c), approximate squared distances, ascending
     rows: torch.Tensor  # int64 (n, c), their rows in the bank
-    error: torch.Tensor  # float32 (n,)
+    error: torch.Tensor  # float32 or float64 (n,)
     relative: float
 
 
-Finder = Callable[[torch.Tensor, int], Candidates]  # (queries float32 (n, D), c) -> the c best by approximate distance
+Finder = Callable[[torch.Tensor, int], Candidates]  # (queries (n, D), c) -> the c best by approximate distance
 
 
 class ProductFinder:
-    """||q - b||^2 as one product of extended rows, [-2 q, |q|^2, 1] . [b, 1, |b|^2], in bfloat16 or float32.
+    """||q - b||^2 as one product of extended rows, [-2 q, |q|^2, 1] . [b, 1, |b|^2], in bfloat16, float32 or float64.
 
-    Squared norms are split into three bfloat16 summands, which together are as exact as float32, and the processor adds up
-    in float32: what is lost is the rounding of the features, whose size is measured, and of the result, which is relative
-    to the distance itself and so is small for near neighbours.
+    For bfloat16 squared norms are split into three summands, which together are as exact as float32, and the processor adds
+    up in float32: what is lost is the rounding of the features, whose size is measured, and of the result, which is
+    relative to the distance itself and so is small for near neighbours.
 
     Args:
-        bank: Its rows start to stop, at most `size`, as float32 (n, D), centred, with norms of at most 1.
+        bank: Its rows start to stop, at most `size`, as float (n, D), centred, with norms of at most 1; they and the queries
+            are float64 for products in it, else float32.
         size: M.
-        dtype: bfloat16, whose extended rows are kept, or float32, whose are made anew: that costs little beside the product
-            and would cost much memory.
+        dtype: bfloat16, whose extended rows are kept, or a wider one, whose are made anew: that costs little beside the
+            product and would cost much memory.
     """
 
     def __init__(self, bank: Callable[[int, int], torch.Tensor], size: int, dtype: torch.dtype) -> None:
@@ -62,18 +67,19 @@ class ProductFinder:
         """The `count` best rows; count <= M."""
         operand = self._extended(queries, -2.0, ones_first=False)
         best: tuple[torch.Tensor, torch.Tensor] | None = None
-        for start in range(0, self.size, self.width * GROUP):
-            found = self._of_group(operand, start, count)
-            both = found if best is None else tuple(torch.cat(pair, dim=1) for pair in zip(best, found, strict=True))
-            chosen = both[0].topk(min(count, both[0].shape[1]), dim=1, largest=False)
-            best = chosen.values, both[1].gather(1, chosen.indices)
+        with _added_in_float32(queries.device):
+            for start in range(0, self.size, self.width * GROUP):
+                found = self._of_group(operand, start, count)
+                both = found if best is None else tuple(torch.cat(pair, dim=1) for pair in zip(best, found, strict=True))
+                chosen = both[0].topk(min(count, both[0].shape[1]), dim=1, largest=False)
+                best = chosen.values, both[1].gather(1, chosen.indices)
         assert best is not None, "a bank has rows"
         lost = _rounding_error(queries, self.dtype)
         norms = queries.norm(dim=1)
-        error = 2 * (lost + (norms + lost) * self.bank_error) + float32_error(queries)
+        error = 2 * (lost + (norms + lost) * self.bank_error) + summing_error(queries)
         if self.dtype == torch.float32:
-            error = error + 4 * _MATMUL_ROUNDING[torch.get_float32_matmul_precision()] * (norms + 1).square()
-        return Candidates(*best, error, 2.0**-8 if self.dtype == torch.bfloat16 else 2.0**-22)
+            error = error + 4 * _matmul_rounding(queries.device) * (norms + 1).square()
+        return Candidates(*best, error, _RELATIVE[self.dtype])
 
     def _of_group(self, operand: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and rows (n, <= count x GROUP) that hold the `count` best of up to BLOCK x GROUP bank rows.
@@ -88,7 +94,8 @@ class ProductFinder:
         lowest = products.amin(dim=0).topk(min(count, self.width), dim=1, largest=False).indices
         values = products.gather(2, lowest.expand(len(starts), -1, -1))
         rows = torch.tensor(list(starts), device=lowest.device)[:, None, None] + lowest
-        return tuple(part.transpose(0, 1).flatten(1) for part in (values.float(), rows))  # type: ignore[return-value]
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        return tuple(part.transpose(0, 1).flatten(1) for part in (wide, rows))  # type: ignore[return-value]
 
     def _block(self, start: int) -> torch.Tensor:
         return self.kept[start] if self.kept else self._padded(self.bank(start, start + self.width))
@@ -104,7 +111,7 @@ class ProductFinder:
         rest, parts = rows.square().sum(dim=1), []
         for _ in range(_PARTS[self.dtype]):
             parts.append(rest.to(self.dtype))
-            rest = rest - parts[-1].float()
+            rest = rest - parts[-1].to(rest.dtype)
         norms = torch.stack(parts, dim=1)
         pair = [torch.ones_like(norms), norms] if ones_first else [norms, torch.ones_like(norms)]
         width = rows.shape[1] + 2 * norms.shape[1]
@@ -129,18 +136,42 @@ class FaissFinder:
         """The `count` best rows; count <= M."""
         found = self.index.search(queries.cpu().numpy(), count)
         values, rows = (torch.from_numpy(part).to(queries.device) for part in found)
-        return Candidates(values, rows, float32_error(queries), 2.0**-22)
+        return Candidates(values, rows, summing_error(queries), _RELATIVE[torch.float32])
 
 
-def float32_error(queries: torch.Tensor) -> torch.Tensor:
-    """float32 (n,): twice the bound of |q|^2 - 2 q.b + |b|^2 summed in float32 in any order (Higham 2002, section 3.1)."""
-    terms = queries.shape[1] + 32
-    return terms * 2.0**-23 * (queries.norm(dim=1) + 1).square() + 1e-30  # the last: products too small for the format
+def summing_error(queries: torch.Tensor) -> torch.Tensor:
+    """float (n,): twice the bound of |q|^2 - 2 q.b + |b|^2 summed in the queries' dtype in any order (Higham 2002, 3.1)."""
+    terms, rounding = queries.shape[1] + 32, torch.finfo(queries.dtype).eps
+    return terms * rounding * (queries.norm(dim=1) + 1).square() + 1e-30  # the last: products too small for the format
 
 
 def _rounding_error(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 (n,): Euclidean distance of each row to itself rounded."""
-    return (rows - rows.to(dtype).float()).norm(dim=1) * (1 + 2.0**-10)
+    """float (n,): Euclidean distance of each row to itself rounded."""
+    return (rows - rows.to(dtype).to(rows.dtype)).norm(dim=1) * (1 + 2.0**-10)
+
+
+def _matmul_rounding(device: torch.device) -> float:
+    """What float32 factors are rounded to in products there, which a user may have set; bfloat16 if that cannot be told."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    try:
+        precision = backend.matmul.fp32_precision
+    except AttributeError:  # torch < 2.9 has one setting for all; a later one refuses to read it where backends differ
+        precision = torch.get_float32_matmul_precision()
+    return _MATMUL_ROUNDING.get(precision, _BFLOAT16)
+
+
+@contextmanager
+def _added_in_float32(device: torch.device) -> Iterator[None]:
+    """No partial sums in bfloat16, which torch allows by default on NVIDIA GPUs: their rounding goes with the norms."""
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda" or not matmul.allow_bf16_reduced_precision_reduction:
+        yield
+        return
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
