@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+log = logging.getLogger(__name__)
 LEVEL = 0.95  # of the interval of the false-alarm rate
 
 
@@ -16,7 +18,7 @@ class Threshold:
 
     Attributes:
         value: The score.
-        false_alarm_rate: Share of in-distribution images above it, as asked for.
+        false_alarm_rate: Share of in-distribution images above it at most, on average over held-out sets, as asked for.
         low: Lower end of the 95 % interval of the share that it will really be.
         high: Upper end of it.
     """
@@ -28,10 +30,12 @@ class Threshold:
 
 
 def choose_threshold(heldout: torch.Tensor, false_alarm_rate: float) -> Threshold:
-    """The lowest held-out score that no more than a share `false_alarm_rate` of the held-out scores exceeds.
+    """The held-out score that those with a p-value of at most `false_alarm_rate` exceed, and only they.
 
     The share of new in-distribution images above the j-th smallest of n independent scores follows Beta(n - j + 1, j)
-    whatever the scores' distribution (Wilks, Ann. Math. Stat. 1941); with ties it is no larger.
+    whatever the scores' distribution (Wilks, Ann. Math. Stat. 1941); with ties it is no larger. Its mean is
+    (n - j + 1) / (n + 1), so j is the smallest for which that is at most the rate: ceil((n + 1)(1 - rate)). Where even the
+    largest score, j = n, is exceeded more often, that one is taken and a warning logged.
 
     Args:
         heldout: float (n,) scores of held-out in-distribution images, n > 0.
@@ -40,9 +44,14 @@ def choose_threshold(heldout: torch.Tensor, false_alarm_rate: float) -> Threshol
     from scipy.stats import beta
 
     scores = np.sort(heldout.double().cpu().numpy())
-    value = float(np.quantile(scores, 1 - false_alarm_rate, method="higher"))
+    count = len(scores)
+    above = int((np.arange(1, count + 1) / (count + 1) <= false_alarm_rate).sum())  # n - j + 1, rounded as p-values are
+    if not above:
+        least = f"{1 / (count + 1):.3g}, the smallest that {count} held-out images can promise"
+        log.warning("false_alarm_rate %g: the threshold is that of a rate of %s", false_alarm_rate, least)
+    value = float(scores[count - max(1, above)])
     rank = int(np.searchsorted(scores, value, side="right"))
-    low, high = beta.interval(LEVEL, len(scores) - rank + 1, rank)
+    low, high = beta.interval(LEVEL, count - rank + 1, rank)
     return Threshold(value, false_alarm_rate, float(low), float(high))
 
 

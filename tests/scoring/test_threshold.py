@@ -21,6 +21,32 @@ def test_the_interval_is_that_of_an_order_statistic(generator, count, rate):
         assert binom.cdf(count - above - 1, count, 1 - end) == pytest.approx(probability, abs=1e-9)
 
 
+@pytest.mark.parametrize("count", [1, 9, 19, 20, 21, 40, 99, 500])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.35, 0.5, 0.95])
+@pytest.mark.parametrize("tied", [False, True])
+def test_above_the_threshold_are_those_whose_p_value_is_at_most_the_rate(generator, caplog, count, rate, tied):
+    draw = (
+        (lambda n: torch.randint(7, (n,), generator=generator).float())
+        if tied
+        else (lambda n: torch.randn(n, generator=generator))
+    )
+    heldout = draw(count)
+    chosen, scores = choose_threshold(heldout, rate), torch.cat([heldout, draw(200)])
+    if rate >= 1 / (count + 1):
+        assert torch.equal(scores > chosen.value, p_values(scores, heldout) <= rate)
+        assert not caplog.records
+    else:
+        assert chosen.value == heldout.max()
+        assert f"{1 / (count + 1):.3g}, the smallest that {count} held-out images" in caplog.text
+
+
+@pytest.mark.parametrize("count", [21, 60])
+def test_false_alarms_are_on_average_no_more_than_asked(count):
+    rng = np.random.default_rng(1)
+    shares = [1 - choose_threshold(torch.from_numpy(rng.uniform(size=count)), 0.05).value for _ in range(2000)]
+    assert np.mean(shares) < 0.05 + 3 * np.std(shares) / 2000**0.5
+
+
 def test_the_interval_covers_the_true_rate_as_often_as_it_says():
     rng = np.random.default_rng(0)
     hits = 0
