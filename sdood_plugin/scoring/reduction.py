@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 
-def reduce_banks(banks: tuple[torch.Tensor, torch.Tensor], size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def reduce_banks(banks: tuple[torch.Tensor, torch.Tensor], size: int | None, least: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both banks with at most `size` rows together, each shrunk by the same factor, so that votes keep their odds.
 
     Args:
-        banks: float (N, D) and (M, D).
+        banks: float (N, D), in-distribution, and (M, D), outliers.
         size: Rows wanted; None keeps all.
+        least: Rows below `size` that the in-distribution bank keeps if it has them, whatever that does to the odds.
 
     Returns:
         Centres of scikit-learn's MiniBatchKMeans (Sculley, WWW 2010), on the banks' device, or the banks themselves.
@@ -19,6 +20,7 @@ def reduce_banks(banks: tuple[torch.Tensor, torch.Tensor], size: int | None) -> 
     if size is None or size >= total:
         return banks
     outliers = max(1, round(size * len(banks[1]) / total)) if len(banks[1]) else 0
+    outliers = min(outliers, size - min(least, len(banks[0])))
     return _centres(banks[0], size - outliers), _centres(banks[1], outliers)
 
 

@@ -15,6 +15,8 @@ from ..neighbours import Bank
 from .reduction import reduce_banks
 from .threshold import Threshold, choose_threshold, p_values
 
+_ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a feature, as a share of its norm: two passes over one image may differ so
+
 
 def distance_and_votes(
     features: torch.Tensor, inside: Bank, outliers: Bank | None, k_distance: int, k_vote: int
@@ -24,15 +26,16 @@ def distance_and_votes(
     The nearest of both banks together are among the nearest of each, so the vote needs no search of its own.
 
     Args:
-        features: float (B, D) of the images to score.
+        features: float32 or float64 (B, D) of the images to score.
         inside: N in-distribution training features.
         outliers: M outlier features; None gives no votes.
         k_distance: Neighbours whose squared distances are summed.
         k_vote: Neighbours in both banks together that vote.
 
     Returns:
-        (distance, votes), both float (B,): sum of squared distances to the k_distance nearest ID features, and how many
-        of the k_vote nearest of both banks are outliers (at equal distance ID comes first).
+        (distance, votes), both (B,) in the features' dtype: sum of squared distances to the k_distance nearest ID features,
+        and how many of the k_vote nearest of both banks are outliers (at equal distance, but for the rounding of float64
+        sums, ID comes first).
 
     Raises:
         UsageError: A k is larger than its bank.
@@ -42,15 +45,16 @@ def distance_and_votes(
         raise UsageError("k_distance", k_distance, f"at most {len(inside)}, the in-distribution bank", "lower scoring.k_distance")
     if outliers is None:
         distances, _ = inside.nearest(features, k_distance)
-        return distances.sum(dim=1), features.new_zeros(len(features))
+        return distances.sum(dim=1).to(features.dtype), features.new_zeros(len(features))
     if k_vote > both_sizes:
         raise UsageError("k_vote", k_vote, f"at most {both_sizes}, the size of both banks", "lower scoring.k_vote")
     near_inside, _ = inside.nearest(features, min(len(inside), max(k_distance, k_vote)))
     near_outliers, _ = outliers.nearest(features, min(len(outliers), k_vote))
-    both = torch.cat([near_inside[:, :k_vote], near_outliers], dim=1)
+    rounding = (features.shape[1] + 2) * torch.finfo(near_outliers.dtype).eps  # of the same sum in two orders
+    both = torch.cat([near_inside[:, :k_vote], near_outliers * (1 + rounding)], dim=1)
     first = both.sort(dim=1, stable=True).indices[:, :k_vote]
     votes = (first >= min(k_vote, near_inside.shape[1])).sum(dim=1)
-    return near_inside[:, :k_distance].sum(dim=1), votes.to(features.dtype)
+    return near_inside[:, :k_distance].sum(dim=1).to(features.dtype), votes.to(features.dtype)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Calibration:
         alpha: Weight of the votes.
         curve: AUROC of held-out outliers against held-out ID for each candidate alpha, as [alpha, per cent] pairs.
         threshold: Score above which an image is called OOD.
-        false_alarm_rate: Share of held-out ID images above it, as asked for.
+        false_alarm_rate: Share of new ID images above it at most, on average over held-out sets, as asked for.
         false_alarm_interval: 95 % interval of the share of new ID images above it.
         heldout: Numbers of held-out ID images and outliers.
     """
@@ -154,21 +158,24 @@ def fit_score(
 
     Raises:
         UsageError: Features that are not finite, or a k larger than its bank.
-        RunError: The held-out images are all in the bank.
+        RunError: Half of the held-out images are in the bank, or as near to it as rounding is.
     """
     names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier")
     for name, features in zip(names, (inside, outliers, heldout_inside, heldout_outliers), strict=True):
         _require_finite(features, name)
     prepared = _prepare(inside, config.normalise), _prepare(outliers, config.normalise)
-    inside, outliers = (_prepare(bank, config.normalise) for bank in reduce_banks(prepared, config.bank_size))
+    reduced = reduce_banks(prepared, config.bank_size, config.k_distance)
+    inside, outliers = (  # centres lie within the unit sphere; what is normalised already would move by its rounding
+        bank if bank is whole else _prepare(bank, config.normalise) for bank, whole in zip(reduced, prepared, strict=True)
+    )
     banks = _banks(inside, outliers, config)
     distance, votes = _terms(heldout_inside, banks, config)
-    scale = float(distance.median())
-    if scale <= 0:
+    scale, least = float(distance.median()), _rounding_distance(heldout_inside, config)
+    if scale <= least:
         raise RunError(
             "median distance of held-out images",
             scale,
-            "a positive number",
+            f"above {least:.2g}, which rounding alone makes",
             "remove duplicate images or train a backbone that tells images apart",
         )
     near, far = (distance / scale, votes), None
@@ -188,6 +195,12 @@ def fit_score(
         [len(heldout_inside), len(heldout_outliers)],
     )
     return Score(inside, outliers, config, calibration, scores)
+
+
+def _rounding_distance(features: torch.Tensor, config: ScoringConfig) -> float:
+    """The distance term that rounding alone gives images that are in the bank."""
+    norms = _prepare(features, config.normalise).square().sum(dim=1)
+    return config.k_distance * _ROUNDING**2 * float(norms.median())
 
 
 def _require_finite(features: torch.Tensor, name: str) -> None:
