@@ -146,8 +146,8 @@ QUEUE = [
          "sampling_speed-gpu.json", after=(f"{FIRST} train-reference 0",)),
     Item("speed: diffusion", "python -m benchmarks.diffusion_cost --part training sampling --batch-size 256 --train-steps 20 --compile "
          "--suffix=-gpu", 5, "nothing", "diffusion_cost-gpu.json"),
-    Item("speed: neighbours", "python -m benchmarks.neighbours_speed --device cuda --large-queries 10000 --suffix=-gpu", 6, "nothing",
-         "neighbours_speed-gpu.json"),
+    Item("speed: neighbours", "python -m benchmarks.neighbours_speed --device cuda --threads 16 --large-queries 10000 --suffix=-gpu", 8,
+         "nothing", "neighbours_speed-gpu.json"),
     Item("speed: detector", "python -m benchmarks.detector_speed --data data --networks resnet18_cifar --compile --suffix=-gpu", 10,
          f"{CIFAR10}; OPENOOD_ROOT, a checkout of OpenOOD", "detector_speed-gpu.json"),
     Item("outlier quality", "python -m benchmarks.outlier_quality --images data/benchmark_imglist/cifar10/train_cifar10.txt "
