@@ -128,8 +128,9 @@ class Bank:
 
     def _parts(self, pending: torch.Tensor, chunk: int, finder: Finder) -> tuple[torch.Tensor, ...]:
         """Queries to search together: a few that show whether a precision will do; many for faiss, which has its own blocks."""
-        size = 16 * chunk if isinstance(finder, FaissFinder) else chunk
-        return (*pending[:_PROBE].split(chunk), *pending[_PROBE:].split(size))
+        if isinstance(finder, FaissFinder):
+            return pending.split(16 * chunk)
+        return (*pending[:_PROBE].split(chunk), *pending[_PROBE:].split(chunk))
 
     def _finder(self, precision: torch.dtype) -> Finder:
         """What finds candidates by products in that precision, made once."""
