@@ -72,6 +72,7 @@ def test_cuda_confidences_are_those_of_the_cpu(exported, loaders, source, monkey
         found[device] = (*first, post.inference(net, loaders["test"], progress=False)[1])
         again = pickle.loads(pickle.dumps(post))
         assert again.score_.inside.device.type == "cpu", "a pickle made on a GPU loads without one"
+        assert {post.score_.inside.device.type, post.features["inside"].device.type} == {device}, "and moves nothing"
         np.testing.assert_allclose(again.inference(net, loaders["test"], progress=False)[1], found[device][3], rtol=1e-4)
     for ours, reference in zip(found["cuda"], found["cpu"], strict=True):
         assert np.isclose(ours, reference, rtol=1e-3, atol=1e-3).mean() > 0.97  # a vote may turn at nearly equal distances

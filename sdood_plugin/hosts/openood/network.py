@@ -2,7 +2,7 @@
 
 OpenOOD's loaders give (x - mean) / std of x in [0, 1]; our backbones want 2 x - 1. The adapter turns the one into the
 other in its first line, so loaders stay as they are; it must be told the loaders' mean and standard deviation by the
-host's own name (`cifar10`, `cifar100`, `imagenet`; any other name means 0.5 to the host and to us, that is [-1, 1]).
+host's own name (`cifar10`, `cifar100`, `imagenet`, ...), or `half` where they have none and use 0.5, that is [-1, 1].
 A stock OpenOOD checkpoint was trained on the loaders' numbers themselves and gets them untouched.
 """
 
@@ -23,6 +23,7 @@ from ...features import Backbone
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of the channels of x in [0, 1]
 HALF: Normalisation = ((0.5,) * 3, (0.5,) * 3)
+HALF_NAMES = ("half", "mnist")  # 0.5 is what the host makes of any name it has no numbers for; `mnist` is one its own YAMLs use
 
 
 class AbsentHead(nn.Module):
@@ -66,8 +67,8 @@ class SDOODNet(nn.Module):
         self.register_buffer("offset", 2 * mean - 1, persistent=False)
 
     def unit(self, data: torch.Tensor) -> torch.Tensor:
-        """What the backbone takes, float (B, 3, H, W): [-1, 1] made of the loaders' data."""
-        return data * self.scale + self.offset
+        """What the backbone takes, float (B, 3, H, W): [-1, 1] made of the loaders' data, in the network's dtype."""
+        return (data * self.scale + self.offset).to(self.scale.dtype)
 
     def forward(
         self, x: torch.Tensor, return_feature: bool = False, return_feature_list: bool = False, return_heads: bool = False
@@ -137,8 +138,8 @@ class SDOODNet(nn.Module):
         return body.layers[17:20] if isinstance(body, SmallCNN) else body.layer4  # type: ignore[return-value]
 
     def get_fc(self) -> tuple[np.ndarray, np.ndarray]:
-        """Weight (C, D) and bias (C,) of g_in as numpy arrays."""
-        return self.fc.weight.detach().cpu().numpy(), self.fc.bias.detach().cpu().numpy()
+        """Weight float32 (C, D) and bias float32 (C,) of g_in as numpy arrays."""
+        return self.fc.weight.detach().cpu().float().numpy(), self.fc.bias.detach().cpu().float().numpy()
 
     def get_fc_layer(self) -> nn.Linear:
         """g_in."""
@@ -146,13 +147,22 @@ class SDOODNet(nn.Module):
 
 
 def host_normalisation(name: str) -> Normalisation:
-    """Mean and standard deviation the host's loaders use for a data set of that name."""
+    """Mean and standard deviation the host's loaders use for a data set of that name.
+
+    Raises:
+        UsageError: The host has no such name: it would take 0.5 without a word.
+    """
     from .host import require_host
 
     require_host()
     from openood.preprocessors.transform import normalization_dict
 
-    mean, std = normalization_dict.get(name, HALF)
+    if name in HALF_NAMES:
+        return HALF
+    if name not in normalization_dict:
+        known = ", ".join((*normalization_dict, *HALF_NAMES))
+        raise UsageError("normalisation", name, f"one of {known}", "give what the loaders' data set is normalised by")
+    mean, std = normalization_dict[name]
     return tuple(mean), tuple(std)
 
 

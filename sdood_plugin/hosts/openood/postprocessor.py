@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...artifacts import read_tensors
 from ...config import ScoringConfig
 from ...errors import UsageError
 from ...outliers.dataset import OutlierSet
 from ...scoring.score import Score, fit_score
-from ...scoring.storage import load_score
+from .banks import joined, loader_features, open_outliers, outlier_features, transform_of
 from .host import require_host
-from .network import SDOODNet
 
 require_host()
 from openood.postprocessors import BasePostprocessor  # noqa: E402 - only after the host is on the path
 from openood.utils import comm  # noqa: E402
+
+log = logging.getLogger(__name__)
 
 HYPERPARAMETERS = ("k_distance", "k_vote", "alpha", "normalise")  # the order of set_hyperparam's list
 _ARGUMENTS = {"outliers", *HYPERPARAMETERS}
@@ -39,6 +41,7 @@ class SDOODPostprocessor(BasePostprocessor):
         config: A host config with a `postprocessor` section, or None for the core's defaults. Its
             `postprocessor_args` are `outliers`, `k_distance`, `k_vote`, `alpha`, `normalise`; absent ones keep the
             default, or what the detector folder was calibrated with; an absent alpha is chosen as the core chooses it.
+            Its `postprocessor_sweep` lists values for the host's parameter search; what it leaves out keeps its value.
         outliers: In place of the config's.
         **settings: Hyperparameters in place of the config's.
 
@@ -50,16 +53,13 @@ class SDOODPostprocessor(BasePostprocessor):
         super().__init__(config)
         section = config.postprocessor if config is not None and config.postprocessor else {}
         given = {**dict(section.get("postprocessor_args") or {}), **settings}
-        unknown = sorted(set(given) - _ARGUMENTS)
-        if unknown:
-            raise UsageError("postprocessor_args", unknown[0], f"one of {', '.join(sorted(_ARGUMENTS))}", "check the spelling")
+        _require_known("postprocessor_args", given, _ARGUMENTS)
         where = outliers or given.pop("outliers", None)
         given.pop("outliers", None)
         self.outliers = str(where) if where else None
         self.settings = {name: value for name, value in given.items() if value is not None}
         self.config_ = dataclasses.replace(ScoringConfig(), **self.settings)
-        sweep = dict(section.get("postprocessor_sweep") or {})
-        self.args_dict = {name: list(sweep.get(f"{name}_list", [self.get(name)])) for name in HYPERPARAMETERS}
+        self.sweep = _sweep(section.get("postprocessor_sweep"))
         self.APS_mode = bool(section.get("APS_mode", False))
         self.hyperparam_search_done = False
         self.setup_flag = False
@@ -71,12 +71,18 @@ class SDOODPostprocessor(BasePostprocessor):
         """A hyperparameter's value."""
         return getattr(self.config_, name)
 
+    @property
+    def args_dict(self) -> dict[str, list[Any]]:
+        """What the host's parameter search tries: a sweep's values, else the present one, after `setup` that of a run folder."""
+        return {name: list(self.sweep.get(f"{name}_list", [self.get(name)])) for name in HYPERPARAMETERS}
+
     @torch.no_grad()
     def setup(self, net: nn.Module, id_loader_dict: Any, ood_loader_dict: Any = None) -> None:
         """Gather the features and fit the score; once, as the host expects.
 
         Raises:
             UsageError: A loader, the outliers or the network do not fit.
+            RunError: The outliers' folder is damaged.
         """
         if self.setup_flag:
             return
@@ -89,39 +95,48 @@ class SDOODPostprocessor(BasePostprocessor):
                 "add it to the data set",
             )
         net.eval()
-        transform = id_loader_dict["val"].dataset.transform_image
-        folder = Path(self.outliers) if self.outliers else None
-        detector = _detector_folder(folder) if folder is not None else None
-        self.features = {"heldout_inside": _loader_features(net, id_loader_dict["val"], transform)}
-        nothing = self.features["heldout_inside"][:0]
-        self.features |= {"outliers": nothing, "heldout_outliers": nothing}
-        if detector is not None:
-            self.stored = _stored_score(detector, net, nothing.device)
-            self.config_ = dataclasses.replace(self.stored.config, alpha=self.stored.calibration.alpha, **self.settings)
-            self.features |= {"inside": self.stored.inside, "outliers": self.stored.outliers}
-        else:
-            self.features["inside"] = _loader_features(net, id_loader_dict["train"], transform)
-            if folder is not None:
-                self.features["outliers"], self.features["heldout_outliers"] = _outlier_features(net, folder, transform)
-        self._fit()
+        self._gather(net, id_loader_dict)
+        self.score_ = self._fit(self.config_)
         self.setup_flag = True
 
-    def _fit(self) -> None:
-        if self.stored is not None and self.stored.config.normalise and not self.config_.normalise:
+    def _gather(self, net: nn.Module, id_loader_dict: Any) -> None:
+        transform = transform_of(id_loader_dict["val"])
+        opened = open_outliers(self.outliers, net)
+        if isinstance(opened, OutlierSet) and transform is None:
+            raise UsageError(
+                "ID loader `val`",
+                f"a {type(id_loader_dict['val'].dataset).__name__} without transform_image",
+                "a data set that says what it makes of an image, for the outliers' images",
+                "use the host's ImglistDataset",
+            )
+        heldout = loader_features(net, id_loader_dict["val"], transform, "ID loader `val`")
+        self.features = {"heldout_inside": heldout, "outliers": heldout[:0], "heldout_outliers": heldout[:0]}
+        if isinstance(opened, Score):
+            self.stored = opened
+            self.config_ = dataclasses.replace(opened.config, **{"alpha": opened.calibration.alpha, **self.settings})
+            self.features |= {"inside": opened.inside, "outliers": opened.outliers}
+            return
+        self.features["inside"] = loader_features(net, id_loader_dict["train"], transform, "ID loader `train`")
+        if opened is None:
+            return
+        self.features["outliers"], self.features["heldout_outliers"] = outlier_features(net, opened, transform)
+        if not len(self.features["heldout_outliers"]) and self.config_.alpha is None:
+            log.warning("%s: fewer than 10 sources, none is held out to choose alpha by: the votes count nothing", opened.folder)
+
+    def _fit(self, config: ScoringConfig) -> Score:
+        if self.stored is None:
+            return fit_score(config=config, **self.features)
+        if self.stored.config.normalise and not config.normalise:
             raise UsageError(
                 "normalise",
                 False,
                 "True: these banks were saved with unit length",
                 "give the outlier-set folder in place of the detector folder",
             )
-        same = self.stored is not None and all(
-            self.get(name) == getattr(self.stored.config, name) for name in ("k_distance", "k_vote", "normalise")
-        )
-        if same and self.stored is not None and self.config_.alpha is not None:
-            calibration = dataclasses.replace(self.stored.calibration, alpha=self.config_.alpha)
-            self.score_ = dataclasses.replace(self.stored, calibration=calibration)
-        else:
-            self.score_ = fit_score(config=self.config_, **self.features)
+        same = all(getattr(config, name) == getattr(self.stored.config, name) for name in ("k_distance", "k_vote", "normalise"))
+        if same and config.alpha is not None:
+            return dataclasses.replace(self.stored, calibration=dataclasses.replace(self.stored.calibration, alpha=config.alpha))
+        return fit_score(config=config, **self.features)
 
     @torch.no_grad()
     def postprocess(self, net: nn.Module, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,12 +151,16 @@ class SDOODPostprocessor(BasePostprocessor):
             )
         logits, features = net(data, return_feature=True)
         if self.score_.inside.device != features.device:
-            self._move(features.device)
+            self.__dict__.update(self._tensors(features.device))
         return logits.argmax(dim=1), -self.score_(features.flatten(1))
 
     @torch.no_grad()
     def inference(self, net: nn.Module, data_loader: Any, progress: bool = True) -> Any:
-        """Predictions int (N,), confidences float (N,) and labels int (N,) of a loader, as numpy arrays, on the net's device."""
+        """Predictions int (N,), confidences float (N,) and labels int (N,) of a loader, as numpy arrays, on the net's device.
+
+        Raises:
+            UsageError: The loader is empty, or `setup` has not run.
+        """
         from tqdm import tqdm
 
         device = next(net.parameters()).device
@@ -149,90 +168,51 @@ class SDOODPostprocessor(BasePostprocessor):
         for batch in tqdm(data_loader, disable=not progress or not comm.is_main_process()):
             for column, values in zip(columns, (*self.postprocess(net, batch["data"].to(device)), batch["label"]), strict=True):
                 column.append(values.cpu())
-        predicted, confidence, label = (torch.cat(column).numpy() for column in columns)
+        predicted, confidence, label = (joined(column, "loader").numpy() for column in columns)
         return predicted.astype(int), confidence, label.astype(int)
 
     def set_hyperparam(self, hyperparam: list[Any]) -> None:
         """Take [k_distance, k_vote, alpha, normalise] and fit again: normalised banks and the scale hang on them.
 
+        None keeps the present value. A value that fails changes nothing; before `setup` the values wait for it.
+
         Raises:
             UsageError: An impossible value.
         """
-        self.config_ = dataclasses.replace(self.config_, **dict(zip(HYPERPARAMETERS, hyperparam, strict=True)))
-        if self.features:
-            self._fit()
+        given = {name: value for name, value in zip(HYPERPARAMETERS, hyperparam, strict=True) if value is not None}
+        config = dataclasses.replace(self.config_, **given)
+        if self.setup_flag:
+            self.score_ = self._fit(config)
+        self.config_, self.settings = config, {**self.settings, **given}
 
     def get_hyperparam(self) -> list[Any]:
         """[k_distance, k_vote, alpha, normalise] as they are now."""
         return [self.get(name) for name in HYPERPARAMETERS]
 
-    def _move(self, device: torch.device) -> None:
-        self.features = {name: values.to(device) for name, values in self.features.items()}
-        for name in ("stored", "score_"):
-            score = getattr(self, name)
-            if score is not None:
-                setattr(
-                    self, name, dataclasses.replace(score, inside=score.inside.to(device), outliers=score.outliers.to(device))
-                )
+    def _tensors(self, device: torch.device) -> dict[str, Any]:
+        """The attributes that hold tensors, on a device."""
+        scores = {name: score for name in ("stored", "score_") if (score := getattr(self, name)) is not None}
+        return {"features": {name: values.to(device) for name, values in self.features.items()}} | {
+            name: dataclasses.replace(score, inside=score.inside.to(device), outliers=score.outliers.to(device))
+            for name, score in scores.items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled lies on the CPU, so that it loads where there is no GPU."""
-        self._move(torch.device("cpu"))
-        return self.__dict__
+        """What is pickled lies on the CPU, so that it loads where there is no GPU; the postprocessor itself stays where it is."""
+        return {**self.__dict__, **self._tensors(torch.device("cpu"))}
 
 
-def _detector_folder(folder: Path) -> Path | None:
-    """The folder of banks that a run or detector folder stands for; None for an outlier set.
-
-    Raises:
-        UsageError: A detector without banks.
-    """
-    for path in (folder, folder / "detector"):
-        if (path / "bank.safetensors").is_file():
-            return path
-        if (path / "detector.safetensors").is_file():
-            raise UsageError(
-                f"outliers {folder}",
-                "a detector without banks",
-                "a run that is calibrated, or an outlier-set folder",
-                "run `sdood train-detector` on it, or give its `outliers` folder",
-            )
-    return None
+def _require_known(what: str, given: Collection[str], known: Collection[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UsageError(what, unknown[0], f"one of {', '.join(sorted(known))}", "check the spelling")
 
 
-def _features(net: nn.Module, batches: Any) -> torch.Tensor:
-    device = next(net.parameters()).device
-    return torch.cat([net(batch.to(device), return_feature=True)[1].flatten(1).float() for batch in batches])
-
-
-def _loader_features(net: nn.Module, loader: Any, transform: Any) -> torch.Tensor:
-    """Features float (N, D) of a loader's images without augmentation: the host's training loaders hold those as `data_aux`."""
-    key = "data" if type(loader.dataset.transform_image) is type(transform) else "data_aux"
-    return _features(net, (batch[key] for batch in loader))
-
-
-def _outlier_features(net: nn.Module, folder: Path, transform: Any, batch_size: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (bank, held out) of an outlier set whose images went the way the host's own go; every tenth source is held out."""
-    from PIL import Image
-
-    outliers = OutlierSet(folder)
-    arrays = outliers.images.permute(0, 2, 3, 1).numpy()
-    chunks = (range(start, min(start + batch_size, len(arrays))) for start in range(0, len(arrays), batch_size))
-    features = _features(net, (torch.stack([transform(Image.fromarray(arrays[row])) for row in rows]) for rows in chunks))
-    heldout = (outliers.sources.unique(return_inverse=True)[1] % 10 == 9).to(features.device)
-    return features[~heldout], features[heldout]
-
-
-def _stored_score(folder: Path, net: nn.Module, device: torch.device) -> Score:
-    weights = folder / "detector.safetensors"
-    inner = getattr(net, "module", net)
-    if weights.is_file() and isinstance(inner, SDOODNet):
-        saved = read_tensors(weights)["g_in.weight"].to(inner.fc.weight)
-        if saved.shape != inner.fc.weight.shape or not torch.equal(saved, inner.fc.weight):
-            raise UsageError(
-                f"banks of {folder}",
-                "those of another network",
-                f"the network in {weights}",
-                "load that network, or give the outlier-set folder to embed it with this one",
-            )
-    return load_score(folder, device)
+def _sweep(given: Any) -> dict[str, list[Any]]:
+    """The lists of a `postprocessor_sweep` by name, those that are null left out."""
+    sweep = {name: values for name, values in dict(given or {}).items() if values is not None}
+    _require_known("postprocessor_sweep", sweep, [f"{name}_list" for name in HYPERPARAMETERS])
+    for name, values in sweep.items():
+        if not isinstance(values, (list, tuple)) or not values or None in values:
+            raise UsageError(f"postprocessor_sweep.{name}", values, "a list of values", "leave it out to keep what is set")
+    return sweep
