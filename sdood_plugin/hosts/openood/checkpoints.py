@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,18 +93,20 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError("checkpoint", path, "a file", "check the path") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - of a file that is no checkpoint torch.load may raise anything
         raise UsageError(
             f"checkpoint {path}",
-            str(error).splitlines()[0],
+            (str(error) or type(error).__name__).splitlines()[0],
             "a state dict that loads with weights_only",
             "save it again as a state dict",
         ) from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    ):
         raise UsageError(
             f"checkpoint {path}",
             type(content).__name__,
-            "a state dict of tensors",
+            "a state dict, tensors by name",
             "give the file the host's recorder writes (best.ckpt)",
         )
     return {key.removeprefix("module."): value for key, value in content.items()}
@@ -134,10 +135,16 @@ def build_network(config: Any, classes: int) -> SDOODNet:
     Args:
         config: The section: backbone, normalization_type, pretrained, checkpoint, num_gpus.
         classes: C.
+
+    Raises:
+        UsageError: As `load_checkpoint`; and where the checkpoint says its backbone and the section names another one.
     """
     normalisation = str(config.normalization_type)
     if config.pretrained:
         net = load_checkpoint(str(config.checkpoint), classes, backbone=str(config.backbone), normalisation=normalisation)
+        found = net.network.backbone.name
+        if found != config.backbone:
+            raise UsageError("network.backbone", config.backbone, f"{found} as in {config.checkpoint}", f"set it to {found}")
     else:
         net = SDOODNet(ThreeHeadNet(Backbone(str(config.backbone)), classes), normalisation)
     if config.num_gpus > 0:
