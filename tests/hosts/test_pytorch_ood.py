@@ -166,6 +166,49 @@ def test_on_a_gpu_the_scores_are_those_of_the_cpu():
     torch.testing.assert_close(refitted(x).cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_what_a_gpu_pickled_loads_on_the_cpu_and_a_copy_stays_on_the_gpu():
+    x, y = blobs()
+    detector = SDOOD(nn.Linear(6, 4)).to("cuda").fit(DataLoader(TensorDataset(x, y), batch_size=32))
+    scores = detector(x)
+    again, copied = pickle.loads(pickle.dumps(detector)), copy.deepcopy(detector)
+    for made, device in ((again, "cpu"), (detector, "cuda"), (copied, "cuda")):
+        held = [made.encoder.weight, made.score_.inside, made.score_.outliers, *made._fitted]
+        assert {tensor.device.type for tensor in held} == {made.device.type} == {device}
+        torch.testing.assert_close(made(x).cpu(), scores.cpu(), rtol=1e-4, atol=1e-4)
+    again.set_hyperparameters(k_distance=3)
+    assert again(x).device.type == "cpu"
+
+
+def test_a_pickle_is_made_of_a_copy_that_lies_on_the_cpu(monkeypatch):
+    """Where there is no GPU: what `to` is asked for, and of which object."""
+    x, y = blobs()
+    detector = SDOOD(nn.Linear(6, 4)).fit_features(x[:, :4], y)
+    moved = []
+    monkeypatch.setattr(SDOOD, "device", torch.device("cuda"))
+    monkeypatch.setattr(SDOOD, "to", lambda self, device: moved.append((self, device)) or self)
+    state = detector.__getstate__()
+    ((other, device),) = moved
+    assert other is not detector and device == "cpu" and other.__dict__ is state
+    assert state["encoder"] is not detector.encoder and torch.equal(state["encoder"].weight, detector.encoder.weight)
+    assert state["score_"].inside is not detector.score_.inside
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_encoder_of_another_dtype_takes_what_the_loader_gives(dtype):
+    x, y = blobs()
+    encoder = nn.Linear(6, 4).requires_grad_(False)
+    expected = SDOOD(encoder).fit(DataLoader(TensorDataset(x, y), batch_size=32))(x)
+    scores = SDOOD(encoder.to(dtype)).fit(DataLoader(TensorDataset(x, y), batch_size=32))(x)
+    assert np.corrcoef(scores.float().numpy(), expected.numpy())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize(("outliers", "alpha", "said"), [(1, None, 1), (1, 0.1, 0), (0, None, 0), (2, None, 0)])
+def test_an_outlier_too_few_to_hold_one_out_is_said(outliers, alpha, said, caplog):
+    SDOOD(None, alpha=alpha).fit_features(*blobs(outliers=outliers))
+    assert caplog.text.count("No outlier is held out") == said
+
+
 def test_the_encoder_is_called_as_it_is():
     x, y = blobs()
     encoder = nn.Sequential(nn.Linear(6, 6), nn.Dropout()).train()
@@ -199,8 +242,8 @@ def test_a_value_that_fails_changes_nothing(tmp_path):
     x, y = blobs()
     detector = SDOOD(None).fit_features(x, y)
     before, scores = detector.get_hyperparameters(), detector.predict_features(x)
-    for wrong in ({"k_distance": 109}, {"alpha": -1.0}, {"what": 1}):
-        with pytest.raises(ValueError):
+    for wrong in ({"k_distance": 109}, {"alpha": -1.0}, {"what": 1}, {"k_vote": "3"}, {"alpha": "auto"}):
+        with pytest.raises((ValueError, TypeError)):
             detector.set_hyperparameters(**wrong)
         assert detector.get_hyperparameters() == before and torch.equal(detector.predict_features(x), scores)
     detector.save(tmp_path)

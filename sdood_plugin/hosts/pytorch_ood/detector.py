@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from pytorch_ood.api import DetectorInfo, FeaturesDetector, ModelNotSetException, RequiresFittingException, Task
 from pytorch_ood.utils import is_known
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ...config import ScoringConfig
@@ -144,6 +145,8 @@ class SDOOD(FeaturesDetector):
                 "some of both",
                 "fit on more samples or change heldout_fraction",
             )
+        if len(parts[1]) and not len(parts[3]) and self.alpha is None:
+            log.warning("No outlier is held out to choose alpha by: the votes count nothing. Fit on more outliers or set alpha.")
         self.score_, self._fitted = self._score(parts), parts
         self.requires_fit = False
         return self
@@ -200,7 +203,7 @@ class SDOOD(FeaturesDetector):
                         "fit a new detector with these",
                     )
                 self.score_ = self._score(self._fitted)
-        except ValueError:
+        except Exception:
             for name, value in before.items():
                 setattr(self, name, value)
             raise
@@ -269,8 +272,21 @@ class SDOOD(FeaturesDetector):
         detector.image_size = network.image_size
         return detector
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SDOOD:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled lies on the CPU, so that it loads where there is no GPU; the detector itself stays where it is."""
+        return self.__dict__ if self.device in (None, torch.device("cpu")) else copy.deepcopy(self).to("cpu").__dict__
+
     def _encode(self, x: Tensor) -> Tensor:
         assert self.encoder is not None
+        weights = self.encoder.parameters() if isinstance(self.encoder, nn.Module) else iter(())
+        weight = next(weights, None)
+        if weight is not None and weight.is_floating_point() and x.is_floating_point():
+            x = x.to(weight.dtype)
         with torch.no_grad():
             features = self.encoder(x if self.device is None else x.to(self.device))
         if not isinstance(features, Tensor):
