@@ -16,7 +16,7 @@ import pytest
 import pytorch_ood.detector
 import torch
 from pytorch_ood.api import Detector
-from pytorch_ood.benchmark import CIFAR10_ODIN, CIFAR10_OpenOOD
+from pytorch_ood.benchmark import CIFAR10_ODIN, CIFAR100_ODIN, CIFAR10_OpenOOD
 from pytorch_ood.detector import KNN, Mahalanobis, MaxSoftmax
 from torch import nn
 from torch.utils.data import DataLoader
@@ -30,9 +30,8 @@ from sdood_plugin.hosts.pytorch_ood import SDOOD, network_input
 from sdood_plugin.hosts.pytorch_ood.benchmarks import limit, odin_benchmark, openood_benchmark
 
 from ..test_run import tiny_config
+from .readme import script
 from .samples_pytorch_ood import run_folder
-
-EXAMPLE = Path(__file__).parent / "example_pytorch_ood.py"
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +89,7 @@ def test_openood_runs_with_what_is_there_and_names_the_rest(data_root):
         "Textures": "no test_texture.txt",
         "Places365": "no test_places365.txt",
         "SVHN": "5 of 10 images absent, the first is svhn/test/5.png",
+        "validation OOD": "1 of 1 images absent, the first is tin/val/0.png",
     }
     train = DataLoader(benchmark.train_set(), batch_size=16)
     ours = SDOOD(flat).fit(train)
@@ -98,6 +98,28 @@ def test_openood_runs_with_what_is_there_and_names_the_rest(data_root):
     assert rows[0]["AUROC"] > 0.9  # the sets differ in brightness
     alone = benchmark.evaluate(ours, loader_kwargs={"batch_size": 3})
     assert alone[0]["AUROC"] == pytest.approx(rows[0]["AUROC"])
+
+
+def test_the_validation_set_is_checked_too(data_root):
+    write_images(data_root / "images_classic", ["tin/val/0.png"], 190, seed=9)
+    benchmark, absent = openood_benchmark(data_root, network_input)
+    assert "validation OOD" not in absent
+    assert [target for _, target in benchmark.validation_set()] == [0, 1, 2, -1]
+    (data_root / "benchmark_imglist" / "cifar10" / "val_cifar10.txt").write_text("cifar10/val/0.png 1\n")
+    with pytest.raises(RunError, match="val_cifar10.txt: got 1 of 1 images absent, the first is cifar10/val/0.png"):
+        openood_benchmark(data_root, network_input)
+
+
+def test_odin_of_cifar100_has_its_own_images(data_root):
+    for part, count in (("train", 20), ("test", 8)):
+        names = [f"cifar100/{part}/class{i % 2}/{i}.png" for i in range(count)]
+        write_images(data_root / "cifar" / "images_classic", names, 90, seed=count)
+    benchmark, absent = odin_benchmark(data_root / "cifar", network_input, CIFAR100_ODIN)
+    assert isinstance(benchmark, CIFAR100_ODIN) and len(absent) == 4
+    assert [len(part) for part in (benchmark.train_set(), *benchmark.test_sets(unknown=False))] == [20, 8]
+    assert [len(part) for part in benchmark.test_sets()] == [1008, 1008]
+    with pytest.raises(RunError, match="CIFAR10 train: got neither cifar-10-batches-py nor images_classic/cifar10/train"):
+        odin_benchmark(data_root / "cifar", network_input)
 
 
 def test_odin_runs_without_its_archives_and_names_them(data_root):
@@ -217,16 +239,17 @@ def test_the_tail_of_a_backbone_makes_its_features(name):
     assert after.dim() == 4 and not (maps.shape == after.shape and maps.equal(after))
 
 
-def test_the_example_of_the_readme_runs(run_folder, tmp_path):
+def test_the_script_of_the_readme_runs(run_folder, tmp_path):
     config = tiny_config()
     for name, source in (("train", config.data.train), ("test", config.data.test), ("ood", config.data.ood[0].images)):
         images = load_images(source, config.data, config.seed).images
         for number, image in enumerate(images):
             save_png(tmp_path / name / "all" / f"{number}.png", image)
+    code = script("pytorch-ood")
     folders = [tmp_path / name for name in ("train", "test", "ood")]
-    command = [sys.executable, EXAMPLE, run_folder, *folders]
+    command = [sys.executable, "-c", code, run_folder, *folders]
     done = subprocess.run(command, text=True, capture_output=True, check=True, timeout=200)
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["of the run", "fitted here"]
     assert all(0 <= float(line.split()[-1]) <= 1 for line in lines)
-    assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) < 20
+    assert len([line for line in code.splitlines() if line.strip()]) < 20

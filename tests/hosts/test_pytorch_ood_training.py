@@ -67,6 +67,12 @@ def test_flat_logits_give_the_closed_form():
     assert float(value) == pytest.approx(math.log(2) + math.log(CLASSES) * (2 + 3.0 * 1) / 4)
 
 
+@pytest.mark.parametrize("weight", [-1.0, math.nan])
+def test_a_weight_below_0_is_refused(weight):
+    with pytest.raises(UsageError, match="lambda_out: got .*; expected 0 or more"):
+        ThreeHeadLoss(lambda_out=weight)
+
+
 def test_an_outlier_of_unknown_source_trains_the_binary_head_alone():
     heads = random_heads(4)
     loss = ThreeHeadLoss()(heads, torch.tensor([0, 1, -3, -1]))

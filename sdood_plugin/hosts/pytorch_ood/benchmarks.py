@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pytorch_ood.benchmark import CIFAR10_ODIN, Benchmark, CIFAR10_OpenOOD
+from pytorch_ood.benchmark import CIFAR10_ODIN, CIFAR100_ODIN, Benchmark, CIFAR10_OpenOOD
 from pytorch_ood.dataset.img import GaussianNoise, LSUNCrop, LSUNResize, TinyImageNetCrop, TinyImageNetResize, UniformNoise
 from pytorch_ood.utils import ToUnknown
 from torch.utils.data import Dataset, Subset
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from ...data.images import spread
 from ...errors import RunError
 
 Transform = Callable[[Image.Image], Any]
 Found = tuple[Benchmark, dict[str, str]]
+VALIDATION_OOD = "validation OOD"  # the host has no name for the outliers of `validation_set()`
 
 
 def openood_benchmark(data_root: str | Path, transform: Transform, kind: Any = CIFAR10_OpenOOD) -> Found:
@@ -32,7 +33,8 @@ def openood_benchmark(data_root: str | Path, transform: Transform, kind: Any = C
         kind: The host's class.
 
     Returns:
-        (benchmark, absent): one test set for each OOD set whose list and images are all there; why the others are not.
+        (benchmark, absent): one test set for each OOD set whose list and images are all there; why the others are not, under
+            VALIDATION_OOD for the outliers of `validation_set()`.
 
     Raises:
         RunError: Lists or images of the in-distribution data are absent, or every OOD set is.
@@ -44,13 +46,15 @@ def openood_benchmark(data_root: str | Path, transform: Transform, kind: Any = C
             raise RunError(
                 f"data root {root}", f"no {(lists / file).relative_to(root)}", "OpenOOD's lists", "export or download them first"
             )
-    for file in (kind._train_imglist, kind._test_id_imglist):
+    for file in (kind._train_imglist, kind._val_id_imglist, kind._test_id_imglist):
         if missing := _missing(lists / file, images):
             raise RunError(f"images of {lists / file}", missing, "all of them", "export or download the ID data first")
     absent = {name: why for name, file in kind._ood_imglists if (why := _missing(lists / file, images))}
     present = [(name, file) for name, file in kind._ood_imglists if name not in absent]
     if not present:
         raise RunError(f"OOD sets below {root}", "none", f"one of {', '.join(absent)}", "export or download one")
+    if why := _missing(lists / kind._val_ood_imglist, images):
+        absent[VALIDATION_OOD] = why
     with _imglists_at(root):
         return type(kind.__name__, (kind,), {"_ood_imglists": present})(str(images), transform, download=False), absent
 
@@ -79,51 +83,48 @@ def _imglists_at(root: Path) -> Iterator[None]:
             torch.hub._hub_dir = before  # type: ignore[attr-defined]
 
 
-class _ODINOnDisk(CIFAR10_ODIN):
-    """The host's class downloads in its constructor; this one takes its test sets as they are found."""
-
-    def __init__(self, train: Dataset, test: Dataset, test_oods: list[Any], transform: Transform) -> None:
-        self.transform = transform
-        self.train_in, self.test_in, self.test_oods = train, test, test_oods
-        self.ood_names = [type(dataset).__name__ for dataset in test_oods]
-
-
-def odin_benchmark(data_root: str | Path, transform: Transform) -> Found:
-    """CIFAR10_ODIN over a folder with the host's archives; CIFAR-10 may also lie as OpenOOD's `images_classic`.
+def odin_benchmark(data_root: str | Path, transform: Transform, kind: Any = CIFAR10_ODIN) -> Found:
+    """CIFAR10_ODIN or CIFAR100_ODIN over a folder with the host's archives; CIFAR may also lie as OpenOOD's `images_classic`.
 
     The two noise sets are drawn by the host and always there.
 
     Args:
         data_root: The folder.
         transform: Applied to every image.
+        kind: The host's class.
 
     Returns:
         (benchmark, absent), as `openood_benchmark`.
 
     Raises:
-        RunError: CIFAR-10 is absent.
+        RunError: The in-distribution data is absent.
     """
     root = Path(data_root)
     unknown: dict[str, Any] = {"transform": transform, "target_transform": ToUnknown()}
     found: list[Any] = []
     absent = {}
-    for kind in (TinyImageNetCrop, TinyImageNetResize, LSUNResize, LSUNCrop):
+    for ood in (TinyImageNetCrop, TinyImageNetResize, LSUNResize, LSUNCrop):
         try:
-            found.append(kind(str(root), download=False, **unknown))
+            found.append(ood(str(root), download=False, **unknown))
         except (RuntimeError, OSError):
-            absent[kind.__name__] = f"no whole {kind.filename}, unpacked, below {root.name}"
+            absent[ood.__name__] = f"no whole {ood.filename}, unpacked, below {root.name}"
     found += [noise(1000, size=(32, 32, 3), seed=123, **unknown) for noise in (UniformNoise, GaussianNoise)]
-    return _ODINOnDisk(_cifar10(root, "train", transform), _cifar10(root, "test", transform), found, transform), absent
+    made = kind.__new__(kind)  # its constructor downloads; the sets are given as they are found
+    cifar = {CIFAR10_ODIN: CIFAR10, CIFAR100_ODIN: CIFAR100}[kind]
+    made.transform = transform
+    made.train_in, made.test_in = (_cifar(cifar, root, part, transform) for part in ("train", "test"))
+    made.test_oods, made.ood_names = found, [type(dataset).__name__ for dataset in found]
+    return made, absent
 
 
-def _cifar10(root: Path, part: str, transform: Transform) -> Dataset:
+def _cifar(kind: Any, root: Path, part: str, transform: Transform) -> Dataset:
     with contextlib.suppress(RuntimeError):
-        return CIFAR10(str(root), train=part == "train", download=False, transform=transform)
-    folder = root / "images_classic" / "cifar10" / part
+        return kind(str(root), train=part == "train", download=False, transform=transform)
+    folder = root / "images_classic" / kind.__name__.lower() / part
     if not folder.is_dir():
         raise RunError(
-            f"CIFAR-10 {part}",
-            f"neither cifar-10-batches-py nor {folder.relative_to(root)} below {root}",
+            f"{kind.__name__} {part}",
+            f"neither {kind.base_folder} nor {folder.relative_to(root)} below {root}",
             "one of them",
             "export or download it first",
         )

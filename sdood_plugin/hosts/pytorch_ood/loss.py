@@ -39,8 +39,14 @@ class ThreeHeadLoss(nn.Module):
     info = LossInfo(paper=PAPER, tasks={Task.CLASSIFICATION}, inputs={Representation.LOGITS}, supervised=True)
 
     def __init__(self, lambda_out: float = DetectorConfig().lambda_out) -> None:
-        """Store lambda, the weight of g_out's term."""
+        """Store lambda, the weight of g_out's term.
+
+        Raises:
+            UsageError: It is below 0.
+        """
         super().__init__()
+        if not lambda_out >= 0:
+            raise UsageError("lambda_out", lambda_out, "0 or more", "0 leaves g_out's term away")
         self.lambda_out = lambda_out
 
     def forward(self, heads: Heads, target: Tensor) -> Tensor:
