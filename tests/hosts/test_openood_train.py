@@ -21,7 +21,8 @@ from sdood_plugin.errors import UsageError
 from sdood_plugin.features import Backbone
 from sdood_plugin.scoring.storage import load_score
 
-from .openood_tree import REPOSITORY
+from .openood_tree import REPOSITORY, all_images
+from .readme import script
 from .two_processes import train as train_in_one
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the host's warnings are not ours to mend
@@ -140,8 +141,10 @@ def test_stock_outlier_trainers_train_on_our_outliers(exported, few, tmp_path, n
 
 
 def test_our_pipeline_trains_three_heads_and_leaves_a_detector(exported, tmp_path, capsys):
+    from openood.datasets import get_dataloader
+
     from sdood_plugin.hosts.openood import SDOODPostprocessor, load_checkpoint, load_detector
-    from sdood_plugin.hosts.openood.__main__ import main
+    from sdood_plugin.hosts.openood.__main__ import main, read_config
 
     settings = "--optimizer.num_epochs 2 --optimizer.lr 0.05 --num_workers 0"
     assert main(arguments(exported / "sdood" / "dataset.yml", own_files(exported), settings, tmp_path)) == 0, (
@@ -163,8 +166,12 @@ def test_our_pipeline_trains_three_heads_and_leaves_a_detector(exported, tmp_pat
         torch.testing.assert_close(made(images), last(images))
         binary = made.heads(images).binary
     assert binary.shape == (3, 2)
-    post = SDOODPostprocessor(outliers=folder)
-    assert post.outliers == str(folder)
+    config = read_config(arguments(exported / "sdood" / "dataset.yml", own_files(exported), settings, tmp_path / "again"))
+    loaders, post = get_dataloader(config), SDOODPostprocessor(outliers=folder)
+    post.setup(made, loaders)
+    with torch.no_grad():
+        expected = score(made(all_images(loaders["test"]), return_feature=True)[1])
+    np.testing.assert_allclose(-post.inference(made, loaders["test"], progress=False)[1], expected.numpy(), rtol=1e-4)
     with pytest.raises(UsageError, match="checkpoint of this backbone"):
         load_checkpoint(folder / "best.ckpt", 10, backbone="resnet18_cifar", normalisation="half")
 
@@ -242,11 +249,27 @@ def test_one_pasted_command_line_starts_the_host(exported, configs, tmp_path):
         assert all(Path(part).is_file() for part in named), line
 
 
-def test_the_readmes_script_runs(run_folder, tree):
-    script = REPOSITORY / "examples" / "openood_eval.py"
-    assert len(script.read_text().splitlines()) < 20
+def test_the_script_of_the_readme_runs(run_folder, tree, tmp_path, monkeypatch, capsys):
+    """As it is printed there: a run in runs/cifar10, the host's data in data, its checkout in OpenOOD."""
+    from sdood_plugin.hosts.openood import evaluator
+
+    (tmp_path / "runs").mkdir()
+    for name, target in (("runs/cifar10", run_folder), ("data", tree), ("OpenOOD", os.environ["OPENOOD_ROOT"])):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    made = evaluator.host_evaluator.get_id_ood_dataloader
+    monkeypatch.setattr(  # worker processes would take longer than the images
+        evaluator.host_evaluator, "get_id_ood_dataloader", lambda *given, **rest: made(*given, **{**rest, "num_workers": 0})
+    )
+    exec(script("OpenOOD"), {})
+    assert capsys.readouterr().out.count("nearood") == 4, "each of the two tables is printed by the host and by the script"
+
+
+def test_the_example_script_runs(run_folder, tree):
+    example = REPOSITORY / "examples" / "openood_eval.py"
+    assert len(example.read_text().splitlines()) < 20
     done = subprocess.run(
-        [sys.executable, str(script), str(run_folder), str(tree)],
+        [sys.executable, str(example), str(run_folder), str(tree)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
@@ -258,7 +281,7 @@ def test_the_readmes_script_runs(run_folder, tree):
 
 def test_the_loss_sees_one_batch_with_the_labels_of_the_lists(exported, monkeypatch, tmp_path):
     """One forward pass a step, outliers flagged and with their sources' labels, controls as ID, all augmented alike."""
-    from sdood_plugin.hosts.openood import TrainSDOOD, trainer
+    from sdood_plugin.hosts.openood import trainer
     from sdood_plugin.hosts.openood.__main__ import read_config
     from sdood_plugin.hosts.openood.pipeline import run_pipeline
 
@@ -279,7 +302,6 @@ def test_the_loss_sees_one_batch_with_the_labels_of_the_lists(exported, monkeypa
     monkeypatch.setattr(trainer.SDOODTrainer, "__init__", kept)
     settings = "--optimizer.num_epochs 1 --num_workers 0 --trainer.lambda_out 0.5"
     run_pipeline(read_config(arguments(exported / "sdood" / "dataset.yml", own_files(exported), settings, tmp_path)))
-    assert TrainSDOOD is not None
     assert len(seen) == 4, "128 images, 32 a batch"
     assert transforms[0] is transforms[1] is transforms[2]
     assert "RandomCrop" in str(transforms[0].transform)
