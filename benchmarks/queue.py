@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import outlier_quality, real_vit_tiny, selection, table2
+from benchmarks.experiment import with_given_labels
 from benchmarks.record import RESULTS
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.config import RunConfig
@@ -160,7 +161,7 @@ QUEUE = [
          "real_vit_tiny-gpu.json", tuple({"seed": seed, "ood": ood} for seed in (0, 1, 2) for ood in real_vit_tiny.OODS)),
     Item("selection", "python -m benchmarks.selection --config configs/cifar10.yml --suffix=-cifar10 --labels given --epochs 10 "
          "--seeds 0 --hand-over", 10, TREE, "selection-cifar10.json",
-         tuple({"seed": 0, "method": selection.name_of(variant)} for variant in selection.variants(RunConfig()))),
+         tuple({"seed": 0, "method": selection.name_of(variant)} for variant in selection.variants(with_given_labels(RunConfig())))),
     Item("table 3", f"python -m benchmarks.table3 --size gpu {SHARED} --seeds 0 --detector.epochs 20", 10, TREE, "table3-gpu.json",
          tuple(cell for cell in CELLS if cell["guidance_weight"] == 2), after=(f"{FIRST} cluster 0",)),
     Item("table 2", f"python -m benchmarks.table2 --size gpu {SHARED} --seeds 0 --detector.epochs 20", 10, TREE, "table2-gpu.json",
