@@ -1,6 +1,6 @@
 """What a GPU should run, in order: `python -m benchmarks.queue --next --minutes 10` prints the next item that fits.
 
-An item is done when its result has rows of all its seeds, methods and cells or, for a training, when the weights that it ends
+An item is done when its result has rows of all its seeds, methods, sizes and cells or, for a training, when the weights that it ends
 with were handed over; it is printed only when the items that it goes on from are done. Minutes are estimates for one modern
 GPU (the first measured time replaces the guess); an item that takes more than a slot of ten comes next again until it is
 whole, and goes on from its last checkpoint, comparator or cell. End a slot with `timeout -s INT 540 COMMAND`: what is
@@ -15,7 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import outlier_quality, real_vit_tiny, selection, table2
+from benchmarks import (
+    cifar10_outliers,
+    diffusion_cost,
+    neighbours_speed,
+    outlier_quality,
+    real_vit_tiny,
+    sampling_speed,
+    selection,
+    table2,
+)
 from benchmarks.experiment import with_given_labels
 from benchmarks.record import RESULTS
 from sdood_plugin.artifacts import read_json
@@ -69,13 +78,13 @@ class Step:
         name: Stage or, where `file` is a comparator's, comparator.
         minutes: Expected on one modern GPU.
         file: File of the run folder that is there when it is done; empty where rows say so.
-        methods: Methods that the result then has rows of.
+        rows: Columns of rows that the result then has for the seed, a mapping for each.
     """
 
     name: str
     minutes: int
     file: str = ""
-    methods: tuple[str, ...] = ()
+    rows: Rows = ()
 
     @property
     def words(self) -> str:
@@ -90,10 +99,14 @@ def _staged(name: str, table: str, words: str, seed: int, needs: str, steps: Seq
     for step in steps:
         command = f"python -m benchmarks.{script} --size gpu {words} --seeds {seed} {step.words}"
         result = f"handover/{table}-{seed}.json" if step.file else f"{table}.json"
-        rows = tuple({"seed": seed, "method": method} for method in step.methods)
+        rows = tuple({"seed": seed, **row} for row in step.rows)
         before = (items[-1].name,) if items else (after,) if after else ()
         items.append(Item(f"{name} {step.name} {seed}", command, step.minutes, needs, result, rows, step.file, before))
     return items
+
+
+def _methods(*names: str) -> Rows:
+    return tuple({"method": name} for name in names)
 
 
 CLUSTER = Step("cluster", 10, "stages/cluster.json")
@@ -101,7 +114,7 @@ DIFFUSION = Step("train-diffusion", 10, "stages/train-diffusion.json")
 REFERENCE = Step("train-reference", 7, "stages/train-reference.json")
 GENERATE = Step("generate", 6, "stages/generate.json")
 DETECTOR = Step("train-detector", 10, "stages/train-detector.json")
-EVALUATE = Step("evaluate", 4, methods=("sdood",))
+EVALUATE = Step("evaluate", 4, rows=_methods("sdood"))
 NETWORKS = [  # trained comparators; those left out train nothing
     Step("mscl", 10, "comparators/mscl/backbone.safetensors"),
     Step("multi-class", 10, "comparators/multi-class/network.safetensors"),
@@ -111,10 +124,10 @@ PRETEXT = Step("dn2", 10, "comparators/pretext/pretext.safetensors")  # SimCLR, 
 NOISE = Step("oe-noise", 10, "comparators/oe-noise/network.safetensors")
 NEW = ("distance", "dn2", "mscl", "multi-class", "fake-it")
 POSTHOC = ("msp", "energy", "knn", "mahalanobis", "vim")
-HIDDEN = [CLUSTER, DIFFUSION, REFERENCE, GENERATE, DETECTOR, EVALUATE, *NETWORKS, Step("compare", 4, methods=NEW)]
-OWN = [REFERENCE, GENERATE, DETECTOR, EVALUATE, *NETWORKS, Step("compare", 6, methods=NEW)]
+HIDDEN = [CLUSTER, DIFFUSION, REFERENCE, GENERATE, DETECTOR, EVALUATE, *NETWORKS, Step("compare", 4, rows=_methods(*NEW))]
+OWN = [REFERENCE, GENERATE, DETECTOR, EVALUATE, *NETWORKS, Step("compare", 6, rows=_methods(*NEW))]
 GIVEN = [DIFFUSION, REFERENCE, GENERATE, DETECTOR, EVALUATE, PRETEXT, NOISE, *NETWORKS,
-         Step("compare", 6, methods=(*NEW, *POSTHOC, "oe-noise"))]  # fmt: skip
+         Step("compare", 6, rows=_methods(*NEW, *POSTHOC, "oe-noise"))]  # fmt: skip
 PAIR = "--config configs/cifar10_resnet18_unlabelled.yml --clustering.pretext_steps 15000 --diffusion.steps 10000"
 VIT = PAIR.replace("cifar10_resnet18_unlabelled", "cifar10_vit_b16") + " --detector.epochs 8 --start-from table1-gpu-resnet18"
 SHARED = f"{PAIR} --start-from table1-gpu-resnet18"
@@ -133,8 +146,27 @@ def _tables(seed: int) -> tuple[list[Item], list[Item], list[Item]]:
 
 RESNET, LABELLED, TRANSFORMER = _tables(0)
 CELLS = tuple({"seed": 0, **cell, "method": "sdood"} for cell in table2.grid("gpu"))
-FIRST_RUN = "runs/benchmarks/table1-gpu-resnet18-0"
+OUTLIERS = _staged("CIFAR-10 outliers:", "cifar10_outliers-gpu", "--data data", 0, f"{CIFAR10} in OpenOOD's tree below data/; 1 GB", [
+    DIFFUSION, Step("train-reference", 4, "stages/train-reference.json"), Step("generate", 7, "stages/generate.json"),
+    Step("inspect", 7, rows=tuple({"set": name, "count": 50_000} for name in cifar10_outliers.SETS))])  # fmt: skip
+RUN = "runs/benchmarks/cifar10_outliers-gpu-0"
+OURS = " ".join(f"--ours dpm {steps} {low} 1 2,2.5,3,4,5" for steps, low in ((8, 0), (6, 0), (6, 0.04), (5, 0)))
+NETWORK = {"network": "resnet18_cifar", "by": "ours / theirs", "part": "whole"}
+BANKS = (*((kind, "50000 x 512") for kind in ("gaussian", *neighbours_speed.SPREAD)), ("clustered", "1000000 x 384"))
+
+
+def _sampling(seed: int) -> Item:
+    """Half of the 2,048 sources choose a setting, the figures are of the other half."""
+    words = f"--batch-size 512 --images 2048 {OURS} --compile --seeds {seed} --suffix=-gpu"
+    unpack = f"python -m benchmarks.handover unpack benchmarks/results/handover {RUN}"
+    rows = tuple({"seed": seed, "baseline": name, "method": name, "images": 1024} for name in sampling_speed.BASELINES)
+    return Item(f"speed: sampling {seed}", f"python -m benchmarks.sampling_speed {RUN} {words}", 9,
+                f"{CIFAR10} as above; the folder of its outliers: `{unpack}`", "sampling_speed-gpu.json", rows,
+                after=("CIFAR-10 outliers: train-reference 0",))  # fmt: skip
+
+
 QUEUE = [
+    *OUTLIERS,
     *RESNET,
     Item("table 4", f"python -m benchmarks.table4 --size gpu {SHARED} --data.ood [] --seeds 0", 10, CIFAR10, "table4-gpu.json",
          tuple({"seed": 0, "method": method} for method in ("sdood", *NEW)), after=(f"{FIRST} compare 0",)),
@@ -142,15 +174,18 @@ QUEUE = [
          after=(f"{FIRST} compare 0",)),
     *LABELLED,
     *TRANSFORMER,
-    Item("speed: sampling", f"python -m benchmarks.sampling_speed {FIRST_RUN} --batch-size 512 --images 4096 --compile --suffix=-gpu",
-         6, f"the first run's folder: `python -m benchmarks.handover unpack benchmarks/results/handover {FIRST_RUN}`",
-         "sampling_speed-gpu.json", after=(f"{FIRST} train-reference 0",)),
-    Item("speed: diffusion", "python -m benchmarks.diffusion_cost --part training sampling --batch-size 256 --train-steps 20 --compile "
-         "--suffix=-gpu", 5, "nothing", "diffusion_cost-gpu.json"),
+    _sampling(0),
+    Item("speed: diffusion", "python -m benchmarks.diffusion_cost --part training sampling --batch-size 256 --train-steps 100 --compile "
+         "--suffix=-gpu", 8, "nothing", "diffusion_cost-gpu.json",
+         (*({"part": "training", "size": size, "batch_size": 256, "compiled": compiled}
+            for size in diffusion_cost.SIZES for compiled in (False, True)),
+          *({"part": "sampling", "size": size, "batch_size": 256} for size in diffusion_cost.SIZES))),
     Item("speed: neighbours", "python -m benchmarks.neighbours_speed --device cuda --threads 16 --large-queries 10000 --suffix=-gpu", 8,
-         "nothing", "neighbours_speed-gpu.json"),
+         "nothing", "neighbours_speed-gpu.json", tuple({"method": method, "features": features, "bank": bank}
+                                                       for features, bank in BANKS for method in ("sdood", "faiss", "sklearn"))),
     Item("speed: detector", "python -m benchmarks.detector_speed --data data --networks resnet18_cifar --compile --suffix=-gpu", 10,
-         f"{CIFAR10}; OPENOOD_ROOT, a checkout of OpenOOD", "detector_speed-gpu.json"),
+         f"{CIFAR10}; OPENOOD_ROOT, a checkout of OpenOOD", "detector_speed-gpu.json",
+         tuple({**NETWORK, "seed": seed} for seed in (0, 1, 2))),
     Item("outlier quality", "python -m benchmarks.outlier_quality --images data/benchmark_imglist/cifar10/train_cifar10.txt "
          "--root data/images_classic --inception data/weights-inception-2015-12-05-6726825d.pth --count 2000 "
          "--config configs/cifar10.yml --steps 10000 --suffix=-gpu", 10, f"{CIFAR10}; torch-fidelity's Inception weights",
@@ -169,6 +204,7 @@ QUEUE = [
     Item("figure 3", f"python -m benchmarks.fig3 --size gpu {SHARED} --seeds 0 --detector.epochs 20", 10, TREE, "fig3-gpu.json",
          tuple({"seed": 0, "training": name} for name in ("early", "late")), after=(f"{FIRST} generate 0",)),
     *[item for seed in (1, 2) for items in _tables(seed) for item in items],
+    *map(_sampling, (1, 2)),
 ]  # fmt: skip
 
 

@@ -1,178 +1,96 @@
 """How fast outliers are made, beside two things a user would write with diffusers and the same weights.
 
-python -m benchmarks.sampling_speed RUN --images 512 --ours dpm 6 0 1 6.0 --ours dpm 5 0.05 1 6.5
+python -m benchmarks.sampling_speed RUN --images 512 --ours dpm 6 0 1 5.9,6,12 --ours dpm 5 0.05 1 6.5 --seeds 0 1 2
 RUN is a folder of `sdood inspect`: it has the diffusion model, the pseudo-labels and the reference classifier.
 
 naive: DDPMScheduler, every step from S, two forwards for condition and null, float32.
 informed: DPM-Solver++ with 20 steps, condition and null in one batch, the device's default precision.
-Between them lies the batched forward alone. All methods denoise the same batches from the same x_S, one
-method after the other within a batch, so a ratio compares neighbours in time; the figures of what they made are over all
-batches. A method is `equal` to a baseline where its flip rate is within 2 points and its Frechet distance within 5 %.
+Between them lie the batched forward alone and, on a GPU, informed in float32; with --compile each of ours has a row with and
+one without, and an interval of guidance stands beside the whole range where --ours names both. So the table says which
+saving gives what: batched forward, steps, precision, fewer steps, interval, compilation.
+
+All methods denoise the same batches from the same x_S, one method after the other within a batch, so a ratio compares
+neighbours in time; the figures of what they made are over all batches. A method is `equal` to a baseline where its flip rate
+is within 2 points and its Frechet distance within 5 %. The fastest of ours that is equal on one half of the sources is
+`chosen`; every row is of the other half, and its columns `choosing_...` are of the half that chose. A seed draws the halves,
+the noise and the wrong classes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from benchmarks.record import write_result
+from benchmarks.record import RESULTS, earlier, write_result
+from benchmarks.samplers import Batch, Setting, Way, informed, naive, ours
 from sdood_plugin.cli import read_config
-from sdood_plugin.config import OutliersConfig, RunConfig, as_dict
+from sdood_plugin.config import as_dict
 from sdood_plugin.context import Context
-from sdood_plugin.data.images import spread, to_uint8, to_unit
+from sdood_plugin.data.images import spread
 from sdood_plugin.detector.network import load_network
-from sdood_plugin.diffusion.guidance import guidance_terms, wrong_classes
-from sdood_plugin.diffusion.sampling import start_step
-from sdood_plugin.diffusion.training import add_noise
-from sdood_plugin.diffusion.unet import SCHEDULES, alphas_bar, load_unet
+from sdood_plugin.diffusion.unet import load_unet
 from sdood_plugin.features import evaluating, extract
-from sdood_plugin.outliers.sample import sample_batch
-from sdood_plugin.randomness import normal
+from sdood_plugin.randomness import derive_seed
 from sdood_plugin.training import place, unet_format
 
-SEED = 0
 BASELINES = ("naive", "informed")
+HALVES = ("choosing", "reported")
 FLIP_POINTS, DISTANCE_SHARE = 2.0, 0.05
-
-
-class Batch(NamedTuple):
-    """Sources: uint8 (B, 3, H, W), pseudo-labels int64 (B,) and identities int64 (B,), on the device."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    identity: torch.Tensor
-
-
-@dataclass
-class Setting:
-    """What all methods share."""
-
-    unet: UNet2DModel
-    run: RunConfig
-    outliers: OutliersConfig
-    classes: int
-    device: torch.device
 
 
 @dataclass
 class Method:
-    """A way to make outliers, and what it made so far."""
+    """A way to make outliers, and what it made so far of each half of the sources."""
 
     name: str
-    make: Callable[[Setting, Batch], torch.Tensor]
-    seconds: list[float] = field(default_factory=list)
-    made: list[torch.Tensor] = field(default_factory=list)
+    make: Way
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    made: dict[str, list[torch.Tensor]] = field(default_factory=lambda: defaultdict(list))
 
 
-def noised(setting: Setting, batch: Batch) -> torch.Tensor:
-    """x_S, as ours draws it."""
-    start = start_step(setting.outliers.start_fraction, setting.run.diffusion.timesteps)
-    noise = normal(SEED, batch.identity, 1, tuple(batch.images.shape[1:]))
-    return add_noise(to_unit(batch.images), noise, alphas_bar(setting.run.diffusion)[start].float())
+def wanted(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and changed settings of each of ours."""
+    for sampler, steps, low, high, weights in options.ours:
+        interval = [float(low), float(high)]
+        words = f", guided from {interval[0]:g} to {interval[1]:g} T" if interval != [0, 1] else ""
+        for weight in map(float, weights.split(",")):
+            changes = {"sampler": sampler, "sampling_steps": int(steps), "guidance_interval": interval, "guidance_weight": weight}
+            yield f"ours: {sampler}, {steps} steps, w = {weight:g}{words}", changes
 
 
-def terms(setting: Setting, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The conditions and weights of the mode."""
-    wrong = wrong_classes(batch.labels, setting.classes, seed=SEED, index=batch.identity)
-    return guidance_terms(setting.outliers.mode, setting.outliers.guidance_weight, batch.labels, wrong, setting.classes)
-
-
-@torch.no_grad()
-def naive(setting: Setting, batch: Batch, batched: bool = False) -> torch.Tensor:
-    """Ancestral sampling with every step from S; one forward a condition unless `batched`."""
-    diffusion = setting.run.diffusion
-    scheduler = DDPMScheduler(
-        num_train_timesteps=diffusion.timesteps,
-        beta_schedule=SCHEDULES[diffusion.schedule],
-        variance_type="fixed_small",
-        clip_sample=False,
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[diffusion.prediction],
-    )
-    scheduler.set_timesteps(diffusion.timesteps)
-    conditions, weights = terms(setting, batch)
-    generator = torch.Generator(setting.device).manual_seed(SEED + int(batch.identity[0]))
-    x = noised(setting, batch)
-    for t in scheduler.timesteps[-(start_step(setting.outliers.start_fraction, diffusion.timesteps) + 1) :]:
-        if batched:
-            predicted = _mixed(setting, x, t, conditions, weights)
-        else:
-            predicted = sum(weight * setting.unet(x, t, class_labels=conditions[:, m]).sample for m, weight in enumerate(weights))
-        x = scheduler.step(predicted, t, x, generator=generator).prev_sample
-    return to_uint8(x)
-
-
-@torch.no_grad()
-def informed(setting: Setting, batch: Batch, steps: int = 20) -> torch.Tensor:
-    """DPM-Solver++ from S with condition and null in one batch, bf16 on a GPU."""
-    diffusion = setting.run.diffusion
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=diffusion.timesteps,
-        beta_schedule=SCHEDULES[diffusion.schedule],
-        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[diffusion.prediction],
-    )
-    start = start_step(setting.outliers.start_fraction, diffusion.timesteps)
-    scheduler.set_timesteps(timesteps=torch.linspace(start, 0, steps + 1).round().long().tolist()[:-1], device=setting.device)
-    conditions, weights = terms(setting, batch)
-    x = noised(setting, batch)
-    with torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.device.type == "cuda"):
-        for t in scheduler.timesteps:
-            x = scheduler.step(_mixed(setting, x, t, conditions, weights), t, x).prev_sample
-    return to_uint8(x)
-
-
-def _mixed(setting: Setting, x: torch.Tensor, t: torch.Tensor, conditions: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    count = conditions.shape[1]
-    said = setting.unet(torch.cat([x] * count), t, class_labels=conditions.T.reshape(-1)).sample
-    return sum(weight * part for weight, part in zip(weights, said.float().chunk(count), strict=True))
-
-
-def ours(setting: Setting, batch: Batch, **changes: Any) -> torch.Tensor:
-    """`sample_batch`, what `sdood generate` calls, with changed settings."""
-    return sample_batch(
-        setting.unet,
-        *batch,
-        replace(setting.outliers, **changes),
-        setting.run.diffusion,
-        classes=setting.classes,
-        seed=SEED,
-    )
-
-
-def methods(compiled: Setting | None, options: argparse.Namespace) -> list[Method]:
+def methods(compiled: UNet2DModel | None, options: argparse.Namespace, device: torch.device) -> list[Method]:
     """The baselines with one saving after the other, then every setting of ours."""
-    found = [
-        Method("naive", naive),
-        Method("naive, batched forward", lambda s, b: naive(s, b, batched=True)),
-        Method("informed", informed),
-    ]
-    for sampler, steps, *numbers in options.ours:
-        low, high, weight = map(float, numbers)
-        changes = {"sampler": sampler, "sampling_steps": int(steps), "guidance_interval": [low, high], "guidance_weight": weight}
-        interval = f", guided from {low:g} to {high:g} T" if (low, high) != (0, 1) else ""
-        name = f"ours: {sampler}, {steps} steps, w = {weight:g}{interval}"
-        found.append(Method(name, lambda s, b, changes=changes: ours(s, b, **changes)))
+    found = [Method("naive", naive), Method("naive, batched forward", partial(naive, batched=True))]
+    if device.type == "cuda":
+        found.append(Method("informed, float32", partial(informed, half=False)))
+    found.append(Method("informed", informed))
+    for name, changes in wanted(options):
+        found.append(Method(name, partial(ours, **changes)))
         if compiled is not None:
-            found.append(Method(f"{name}, compiled", lambda s, b, changes=changes: ours(compiled, b, **changes)))
-    return found
+            found.append(Method(f"{name}, compiled", lambda s, b, changes=changes: ours(replace(s, unet=compiled), b, **changes)))
+    return [method for method in found if not options.only or method.name in options.only]
 
 
-def measure(method: Method, setting: Setting, batch: Batch) -> None:
+def measure(method: Method, setting: Setting, batch: Batch, half: str) -> None:
     """Make a batch and note the seconds."""
     _synchronise(setting.device)
     begin = time.perf_counter()
     made = method.make(setting, batch)
     _synchronise(setting.device)
-    method.seconds.append(time.perf_counter() - begin)
-    method.made.append(made.cpu())
+    method.seconds[half].append(time.perf_counter() - begin)
+    method.made[half].append(made.cpu())
 
 
 def _synchronise(device: torch.device) -> None:
@@ -205,31 +123,51 @@ class Judge:
         }
 
 
-def summarise(found: list[Method], judge: Judge, labels: torch.Tensor, batch_size: int) -> list[dict[str, Any]]:
-    """One row for each method and baseline: what it made, how fast, and how it stands to the baseline."""
-    figures = {}
-    for method in found:
-        made = torch.cat(method.made)
-        speed = batch_size / statistics.median(method.seconds)
-        figures[method.name] = {"images": len(made), "images_per_s": speed, **judge(made, labels[: len(made)])}
+def halves(total: int, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """`count` sources spread over `total` images, drawn into two halves: int64 positions by name of the half."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(seed, "halves")))
+    return dict(zip(HALVES, spread(total, count)[order].chunk(2), strict=True))
+
+
+def summarise(found: list[Method], judge: Judge, labels: dict[str, torch.Tensor], batch_size: int) -> list[dict[str, Any]]:
+    """One row for each method and baseline: what it made, how fast, and how it stands to the baseline, on the reported half."""
+    both = itertools.product(HALVES, found)
+    figures = {(half, method.name): _figures(method, half, judge, labels[half], batch_size) for half, method in both}
     rows = []
     for baseline in (method for method in found if method.name in BASELINES):
-        for method in found:
-            own, theirs = figures[method.name], figures[baseline.name]
-            ratio = statistics.median(other / mine for other, mine in zip(baseline.seconds, method.seconds, strict=True))
-            flips, distance = own["flip_rate"] - theirs["flip_rate"], own["fd"] / theirs["fd"] - 1
-            equal = abs(flips) <= FLIP_POINTS and abs(distance) <= DISTANCE_SHARE
-            row = {"baseline": baseline.name, "method": method.name, "ratio": ratio, **own}
-            rows.append(row | {"flips_above": flips, "fd_above_percent": 100 * distance, "equal": equal})
+        against = [_beside(baseline, method, figures) for method in found]
+        ours = [row for row in against if row["method"].startswith("ours") and row["choosing_equal"]]
+        fastest = max(ours, key=lambda row: row["choosing_ratio"], default=None)
+        rows += [{**row, "chosen": row is fastest} for row in against]
     return rows
 
 
-def main() -> None:
-    """Measure batch after batch and write results/sampling_speed[-suffix].json after each."""
+def _figures(method: Method, half: str, judge: Judge, labels: torch.Tensor, batch_size: int) -> dict[str, float]:
+    made = torch.cat(method.made[half])
+    speed = batch_size / statistics.median(method.seconds[half])
+    return {"images": len(made), "images_per_s": speed, **judge(made, labels[: len(made)])}
+
+
+def _beside(baseline: Method, method: Method, figures: dict[tuple[str, str], dict[str, float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"baseline": baseline.name, "method": method.name}
+    for half in reversed(HALVES):
+        own, theirs = figures[half, method.name], figures[half, baseline.name]
+        pairs = zip(baseline.seconds[half], method.seconds[half], strict=True)
+        flips, distance = own["flip_rate"] - theirs["flip_rate"], own["fd"] / theirs["fd"] - 1
+        said = {"ratio": statistics.median(other / mine for other, mine in pairs)}
+        said |= own if half == "reported" else {}
+        said |= {"flips_above": flips, "fd_above_percent": 100 * distance}
+        said["equal"] = abs(flips) <= FLIP_POINTS and abs(distance) <= DISTANCE_SHARE
+        row |= {f"choosing_{name}" if half == "choosing" else name: value for name, value in said.items()}
+    return row
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--images", type=int, default=512, help="sources, spread over the training images")
+    parser.add_argument("--images", type=int, default=512, help="sources, spread over the training images; half of them choose")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--mode", default=None, help="the run's own if not given; so are w and S")
     parser.add_argument("--weight", type=float, default=None)
     parser.add_argument("--start", type=float, default=None, help="S / T")
@@ -237,7 +175,7 @@ def main() -> None:
         "--ours",
         nargs=5,
         action="append",
-        metavar=("SAMPLER", "STEPS", "LOW", "HIGH", "W"),
+        metavar=("SAMPLER", "STEPS", "LOW", "HIGH", "W[,W...]"),
         required=True,
         help="interval of guidance as fractions of T; few steps may need another w for as many flips; repeatable",
     )
@@ -246,47 +184,68 @@ def main() -> None:
     parser.add_argument("--note", help="a sentence to stand in the result")
     parser.add_argument("--suffix", default="")
     options = parser.parse_args()
+    if options.images < 2 * options.batch_size:
+        parser.error(f"--images {options.images}: give {2 * options.batch_size} or more, a batch for each half")
+    return options
+
+
+def main() -> None:
+    """Measure batch after batch of each seed and write results/sampling_speed[-suffix].json after each of both halves."""
+    options = _options()
     context = Context(read_config(options.run / "config.yaml"), options.run)
-    setting, compiled = _settings(context, options)
-    judge = Judge(context, setting.device)
-    found = [m for m in methods(compiled, options) if not options.only or m.name in options.only]
-    chosen = spread(len(context.train), options.images)
-    labels = context.labels.labels[chosen]
-    counts = {"train": len(context.train), "sources": len(chosen) // options.batch_size * options.batch_size}
-    facts = {"data": counts, **({"note": options.note} if options.note else {})}
-    facts |= {"features": judge.name, "outliers": as_dict(setting.outliers), "batch_size": options.batch_size}
-    warm = _batch(context, chosen[: options.batch_size], setting.device)
-    for method in found:
-        if not method.name.startswith("naive"):  # kernels, caches, compilation
-            method.make(setting, warm)
-    for rows in chosen.split(options.batch_size):
-        if len(rows) < options.batch_size:
-            break
-        batch = _batch(context, rows, setting.device)
-        for method in found:
-            measure(method, setting, batch)
-        rows_so_far = summarise(found, judge, labels, options.batch_size)
-        config = context.config
-        write_result(f"sampling_speed{options.suffix}", as_dict(config), [SEED], rows_so_far, facts, device=config.device)
-    for row in rows_so_far:
+    setting, compiled = _setting(context, options)
+    judge, size = Judge(context, setting.device), options.batch_size
+    shared = {**as_dict(context.config), "sampled": as_dict(setting.outliers), "images": options.images, "batch_size": size}
+    shared |= {"ours": [name for name, _ in wanted(options)], "compile": options.compile}
+    name, chosen_by = f"sampling_speed{options.suffix}", "the columns `choosing_...`, of the other half of the sources"
+    rows, spent = earlier(RESULTS / f"{name}.json", shared)
+    rows = [row for row in rows if row["seed"] not in options.seeds]
+    facts = {"data": {"train": len(context.train), "sources": options.images}, "chosen_by": chosen_by}
+    facts |= {"note": options.note} if options.note else {}
+    facts |= {"features": judge.name, "outliers": as_dict(setting.outliers), "batch_size": size}
+    for seed in options.seeds:
+        own = replace(setting, seed=derive_seed(seed, "sampling-speed"))
+        for made in _measured(context, own, methods(compiled, options, own.device), judge, options, seed):
+            all_rows = rows + [{"seed": seed, **row} for row in made]
+            seeds = sorted({row["seed"] for row in all_rows})
+            write_result(name, shared, seeds, all_rows, facts, spent_s=spent, folder=RESULTS, device=context.config.device)
+        rows = all_rows
+    for row in rows:
         print({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
 
 
-def _settings(context: Context, options: argparse.Namespace) -> tuple[Setting, Setting | None]:
+def _measured(
+    context: Context, setting: Setting, found: list[Method], judge: Judge, options: argparse.Namespace, seed: int
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a seed after each batch of both halves; the last batch of a half is left out where it is not whole."""
+    chosen = halves(len(context.train), options.images, seed)
+    labels = {half: context.labels.labels[rows] for half, rows in chosen.items()}
+    warm = _batch(context, chosen[HALVES[0]][: options.batch_size], setting.device)
+    for method in found:
+        if not method.name.startswith("naive"):  # kernels, caches, compilation
+            method.make(setting, warm)
+    for pair in zip(*(rows.split(options.batch_size) for rows in chosen.values()), strict=False):
+        if min(map(len, pair)) == options.batch_size:
+            for half, rows in zip(HALVES, pair, strict=True):
+                batch = _batch(context, rows, setting.device)
+                for method in found:
+                    measure(method, setting, batch, half)
+            yield summarise(found, judge, labels, options.batch_size)
+
+
+def _setting(context: Context, options: argparse.Namespace) -> tuple[Setting, UNet2DModel | None]:
+    """What all methods share, its U-Net as it is and, where that is asked for, compiled."""
     device, config = context.accelerator.device, context.config
     changes = {"mode": options.mode, "guidance_weight": options.weight, "start_fraction": options.start}
     outliers = replace(config.outliers, **{name: value for name, value in changes.items() if value is not None})
 
-    def setting(compiled: bool) -> Setting:
-        unet = load_unet(
-            context.folder / "diffusion" / "unet.safetensors",
-            replace(config.diffusion, compile=compiled),
-            classes=context.labels.classes,
-            image_size=context.train.images.shape[-1],
-        )
-        return Setting(place(unet, device, unet_format(device)), config, outliers, context.labels.classes, device)
+    def loaded(compiled: bool) -> UNet2DModel:
+        weights, diffusion = context.folder / "diffusion" / "unet.safetensors", replace(config.diffusion, compile=compiled)
+        unet = load_unet(weights, diffusion, classes=context.labels.classes, image_size=context.train.images.shape[-1])
+        return place(unet, device, unet_format(device))
 
-    return setting(False), setting(True) if options.compile else None
+    setting = Setting(loaded(False), config, outliers, context.labels.classes, device)
+    return setting, loaded(True) if options.compile else None
 
 
 def _batch(context: Context, rows: torch.Tensor, device: torch.device) -> Batch:

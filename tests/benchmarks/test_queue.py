@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import shlex
 
 import pytest
 
-from benchmarks import queue, table2
+from benchmarks import queue, sampling_speed, table2
 from benchmarks.experiment import configuration
 from benchmarks.queue import QUEUE, Item, following
 from sdood_plugin.artifacts import write_json
@@ -39,22 +40,44 @@ def test_what_an_item_goes_on_from_stands_before_it():
     assert not after["OpenOOD protocol: train-diffusion 0"]
 
 
-def test_every_command_starts_a_benchmark_that_exists():
+class Read(Exception):
+    """A command line was read: what a script would do then is left out."""
+
+
+def test_every_command_can_be_read_by_its_benchmark(monkeypatch, capsys):
+    whole = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, *words):
+        raise Read(whole(self, *words))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    read = set()
     for item in QUEUE:
         words = shlex.split(item.command)
-        assert words[:2] == ["python", "-m"]
-        assert hasattr(importlib.import_module(words[2]), "main"), item.name
+        module = importlib.import_module(words[2])
+        assert words[:2] == ["python", "-m"] and hasattr(module, "main"), item.name
+        if not hasattr(module, "read_options"):  # of those that have it below
+            monkeypatch.setattr("sys.argv", words[2:])
+            try:
+                module.main()
+            except Read as options:
+                read.add(item.name)
+                if module is sampling_speed:
+                    assert len(list(sampling_speed.wanted(options.args[0]))) > 9
+            except SystemExit:
+                pytest.fail(f"{item.name}: {capsys.readouterr().err}")
+    assert {"speed: sampling 2", "speed: diffusion", "outlier quality", "selection"} <= read
 
 
 def test_the_tables_of_the_queue_have_settings_that_can_be_read():
     read: dict[tuple[str, ...], RunConfig] = {}
     for item in QUEUE:
         words = shlex.split(item.command)
-        script = words[2].removeprefix("benchmarks.")
-        if script.startswith(("table", "fig")):
-            module = importlib.import_module(words[2])
+        script, module = words[2].removeprefix("benchmarks."), importlib.import_module(words[2])
+        if hasattr(module, "read_options"):
             options = module.read_options(script, "", words[3:])
             seed = options.seeds[0]
+            assert options.until in (None, *BY_NAME), item.name
             assert item.result in (f"{options.name}.json", f"handover/{options.folder(seed).name}.json"), item.name
             settings = (script, *options.overrides)
             if settings not in read:  # parsing them takes a while
@@ -62,7 +85,8 @@ def test_the_tables_of_the_queue_have_settings_that_can_be_read():
                 read[settings] = config = configuration(options, sizes)
                 assert config.data.train.path.startswith("data"), item.name
                 assert ("CIFAR-100" in item.needs) == any(ood.name == "cifar100" for ood in config.data.ood), item.name
-                assert config.clustering.pretext_steps <= 15000, item.name
+                assert config.clustering.pretext_steps <= 15000 or config.clustering.method == "given", item.name
+            assert options.method in (None, *read[settings].compare.methods), item.name
     by_script = {settings[0]: config for settings, config in reversed(read.items())}  # the first of each
     for script, stages in GOES_ON.items():
         for name in stages:
@@ -93,7 +117,19 @@ def test_the_next_item_is_the_first_that_is_missing_and_fits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("table 2", 30), ("table 3", 10), ("figure 3", 2), ("frozen ViT-Tiny", 6), ("selection", 16)]
+    ("name", "count"),
+    [
+        ("CIFAR-10 outliers: inspect 0", 2),
+        ("speed: sampling 0", 2),
+        ("speed: diffusion", 9),
+        ("speed: neighbours", 12),
+        ("speed: detector", 3),
+        ("table 2", 30),
+        ("table 3", 10),
+        ("figure 3", 2),
+        ("frozen ViT-Tiny", 6),
+        ("selection", 16),
+    ],
 )
 def test_an_item_is_done_when_its_last_seed_or_cell_is(tmp_path, name, count):
     item = next(item for item in QUEUE if item.name == name)
@@ -102,6 +138,22 @@ def test_an_item_is_done_when_its_last_seed_or_cell_is(tmp_path, name, count):
     assert not item.done(tmp_path)
     write_json(tmp_path / item.result, {"rows": item.rows})
     assert item.done(tmp_path)
+
+
+def test_no_item_is_done_because_its_file_is_there():
+    assert [item.name for item in QUEUE if not item.rows and not item.file] == []
+
+
+def test_a_benchmark_that_was_killed_between_two_batches_is_offered_again(tmp_path):
+    item = next(item for item in QUEUE if item.name == "speed: sampling 0")
+    for images, done in ((512, False), (1024, True)):
+        write_json(tmp_path / item.result, {"rows": [{**row, "images": images, "ratio": 1.0} for row in item.rows]})
+        assert item.done(tmp_path) == done
+
+
+def test_the_diffusion_job_stands_first():
+    assert [item.name.split(": ")[0] for item in QUEUE[:4]] == ["CIFAR-10 outliers"] * 4
+    assert following(10) == QUEUE[0]
 
 
 def test_it_can_be_asked(capsys, monkeypatch):
