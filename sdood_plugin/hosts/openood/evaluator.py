@@ -16,7 +16,7 @@ from ...errors import UsageError
 from .compat import host_settings
 from .device import on_device, replaced
 from .host import require_host
-from .imglist import check_imglist
+from .imglist import check_imglist, is_absent
 from .network import SDOODNet
 
 require_host()
@@ -37,12 +37,18 @@ class Evaluator(HostEvaluator):
     Args:
         net: Any OpenOOD network.
         id_name: The host's name of the ID data set.
+        data_root: This and the next seven are the host's own, in its order.
+        config_root: The folder with postprocessors/*.yml; None is the host's own.
+        preprocessor: The images' transform; None is the host's for `id_name`.
+        postprocessor_name: One of the host's, or `sdood`.
+        postprocessor: In its place, a postprocessor.
+        batch_size: Images a batch.
+        shuffle: Whether the loaders shuffle.
+        num_workers: Processes a loader starts.
         device: Where to work, for stock postprocessors too; None takes the network's device.
-        skip_absent: Leave out OOD sets that are not under `data_root` and say their names; otherwise an absent one is an
-            error.
+        skip_absent: Leave out near and far sets that are not under `data_root` and say their names; otherwise an absent one
+            is an error. Absent covariate-shifted sets are left out and said in any case; asking for them is the error.
         download: Let the host download what is absent.
-        **arguments: The host's own: data_root, config_root, preprocessor, postprocessor_name, postprocessor, batch_size,
-            shuffle, num_workers. `postprocessor_name` may be `sdood`.
 
     Raises:
         UsageError: Data or the postprocessor's YAML are absent, an imglist is wrong, or the network does not fit the data set.
@@ -52,11 +58,18 @@ class Evaluator(HostEvaluator):
         self,
         net: nn.Module,
         id_name: str,
+        data_root: str | Path = "./data",
+        config_root: str | Path | None = "./configs",
+        preprocessor: Any = None,
+        postprocessor_name: str | None = None,
+        postprocessor: Any = None,
+        batch_size: int = 200,
+        shuffle: bool = False,
+        num_workers: int = 4,
         *,
         device: torch.device | str | None = None,
         skip_absent: bool = False,
         download: bool = False,
-        **arguments: Any,
     ) -> None:
         if id_name not in host_datasets.DATA_INFO:
             raise UsageError("id_name", id_name, f"one of {', '.join(host_datasets.DATA_INFO)}", "check the spelling")
@@ -64,20 +77,30 @@ class Evaluator(HostEvaluator):
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError("device", self.device, "a CUDA device", "use device='cpu'")
         info = host_datasets.DATA_INFO[id_name]
-        _check_network(net, id_name, info["num_classes"], arguments.get("preprocessor"))
-        _check_postprocessor(arguments)
-        data_root = Path(arguments.get("data_root", "./data"))
-        if not download:
-            info = present(info, id_name, data_root, skip_absent)
-        nothing = (lambda *_: None) if not download else host_evaluator.data_setup
+        _check_network(net, id_name, info["num_classes"], preprocessor)
+        if postprocessor is None and postprocessor_name is not None:
+            _check_postprocessor(postprocessor_name, config_root)
+        if download:
+            host_datasets.data_setup(str(data_root), id_name)
+        info = present(info, id_name, Path(data_root), skip_absent)
+        loading = {"batch_size": batch_size, "shuffle": shuffle, "num_workers": num_workers}
         known = {**host_postprocessor.postprocessors, "sdood": SDOODPostprocessor}
         with (
             self._host(),
-            replaced(host_evaluator, data_setup=nothing),
+            replaced(host_evaluator, data_setup=lambda *_: None),
             replaced(host_postprocessor, postprocessors=known),
             replaced(host_datasets, DATA_INFO={**host_datasets.DATA_INFO, id_name: info}),
         ):
-            super().__init__(net.to(self.device), id_name, **arguments)
+            super().__init__(
+                net.to(self.device),
+                id_name,
+                str(data_root),
+                config_root,
+                preprocessor,
+                postprocessor_name,
+                postprocessor,
+                **loading,
+            )
 
     @contextlib.contextmanager
     def _host(self) -> Iterator[None]:
@@ -85,14 +108,36 @@ class Evaluator(HostEvaluator):
             yield
 
     def eval_acc(self, data_name: str = "id") -> float:
-        """The host's accuracy in per cent."""
+        """The host's accuracy in per cent.
+
+        Raises:
+            UsageError: `csid` is asked for and no covariate-shifted set is there.
+        """
+        if data_name == "csid":
+            self._require_shifted()
         with self._host():
             return super().eval_acc(data_name)
 
     def eval_ood(self, fsood: bool = False, progress: bool = True) -> Any:
-        """The host's table: FPR@95 with OOD as the positive class, AUROC, AUPR_IN, AUPR_OUT, ACC; in per cent."""
+        """The host's table: FPR@95 with OOD as the positive class, AUROC, AUPR_IN, AUPR_OUT, ACC; in per cent.
+
+        Raises:
+            UsageError: `fsood` is asked for and no covariate-shifted set is there.
+        """
+        if fsood:
+            self._require_shifted()
         with self._host():
             return super().eval_ood(fsood, progress)
+
+    def _require_shifted(self) -> None:
+        if not self.dataloader_dict["csid"]:
+            wanted = ", ".join(host_datasets.DATA_INFO[self.id_name]["csid"]["datasets"])
+            raise UsageError(
+                f"covariate-shifted sets of {self.id_name}",
+                "none under data_root",
+                f"at least one of {wanted}" if wanted else "at least one",
+                "add it, or evaluate without them: eval_ood() and eval_acc()",
+            )
 
     def _eval_ood(self, id_list: Any, ood_split: str = "near", progress: bool = True) -> np.ndarray:
         if not self.dataloader_dict["ood"][ood_split]:
@@ -116,15 +161,11 @@ def _check_network(net: nn.Module, id_name: str, classes: int, preprocessor: Any
             )
 
 
-def _check_postprocessor(arguments: dict[str, Any]) -> None:
+def _check_postprocessor(name: str, config_root: str | Path | None) -> None:
     """The host would fetch an absent YAML from the network; it is an error here."""
-    name = arguments.get("postprocessor_name")
-    if arguments.get("postprocessor") is not None or name is None:
-        return
     if name not in {*host_postprocessor.postprocessors, "sdood"}:
         raise UsageError("postprocessor_name", name, "a postprocessor of OpenOOD, or sdood", "check the spelling")
-    root = arguments.get("config_root", "./configs")
-    root = Path(host_evaluator.__file__).parents[2] / "configs" if root is None else Path(root)
+    root = Path(host_evaluator.__file__).parents[2] / "configs" if config_root is None else Path(config_root)
     if not (root / "postprocessors" / f"{name}.yml").is_file():
         raise UsageError(
             "config_root",
@@ -135,36 +176,32 @@ def _check_postprocessor(arguments: dict[str, Any]) -> None:
 
 
 def present(info: dict[str, Any], id_name: str, data_root: Path, skip_absent: bool) -> dict[str, Any]:
-    """The host's description of a data set without the OOD sets that are not there, every imglist checked.
+    """The host's description of a data set without the sets that are not there, every imglist checked.
 
     Raises:
         UsageError: An ID part or the OOD validation set is absent, or an OOD set and it may not be skipped; or a list is wrong.
     """
-    classes, absent = info["num_classes"], []
 
-    def there(part: dict[str, str]) -> bool:
-        return (data_root / part["imglist_path"]).is_file()
+    def place(part: dict[str, str]) -> tuple[Path, Path]:
+        return data_root / part["imglist_path"], data_root / part["data_dir"]
 
-    def check(part: dict[str, str]) -> None:
-        check_imglist(data_root / part["imglist_path"], data_root / part["data_dir"], classes)
-
-    for part in (*info["id"].values(), info["ood"]["val"]):
-        check(part)
-    ood: dict[str, Any] = {"val": info["ood"]["val"]}
-    for group in ("near", "far"):
-        kept = [name for name in info["ood"][group]["datasets"] if there(info["ood"][group][name])]
-        absent += [name for name in info["ood"][group]["datasets"] if name not in kept]
-        for name in kept:
-            check(info["ood"][group][name])
-        ood[group] = {**info["ood"][group], "datasets": kept}
-    if absent and not skip_absent:
+    groups = {"near": info["ood"]["near"], "far": info["ood"]["far"], "csid": info["csid"]}
+    absent = {group: [name for name in sets["datasets"] if is_absent(*place(sets[name]))] for group, sets in groups.items()}
+    kept = {
+        group: {**sets, "datasets": [name for name in sets["datasets"] if name not in absent[group]]}
+        for group, sets in groups.items()
+    }
+    parts = [*info["id"].values(), info["ood"]["val"]]
+    for part in parts + [sets[name] for sets in kept.values() for name in sets["datasets"]]:
+        check_imglist(*place(part), info["num_classes"])
+    unknown = absent["near"] + absent["far"]
+    if unknown and not skip_absent:
         raise UsageError(
             f"OOD sets of {id_name}",
-            f"no {', '.join(absent)} under {data_root}",
+            f"no {', '.join(unknown)} under {data_root}",
             "all of the host's sets",
             "add them, give skip_absent=True to leave them out, or download=True to let the host fetch them",
         )
-    if absent:
-        log.warning("left out, not under %s: %s", data_root, ", ".join(absent))
-    shifted = [name for name in info["csid"]["datasets"] if there(info["csid"][name])]
-    return {**info, "ood": ood, "csid": {**info["csid"], "datasets": shifted}}
+    if left_out := unknown + absent["csid"]:
+        log.warning("left out, not under %s: %s", data_root, ", ".join(left_out))
+    return {**info, "ood": {**info["ood"], "near": kept["near"], "far": kept["far"]}, "csid": kept["csid"]}
