@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,6 +149,8 @@ def test_every_line_of_a_list_is_looked_at(tmp_path):
         ("a b.png 1", "without spaces"),
         ("a.png", "integer label"),
         ("a.png x", "integer label"),
+        ("a.png \u00b2", "integer label"),
+        ("a.png 007", "integer label"),
         ("b.png 1", "no file"),
         ("", "integer label"),
     ):
@@ -155,3 +158,42 @@ def test_every_line_of_a_list_is_looked_at(tmp_path):
         with pytest.raises(UsageError, match=expected) as caught:
             check_imglist(path, tmp_path, 3)
         assert "line 3" in str(caught.value)
+    path.write_text(good)
+    with pytest.raises(UsageError, match="line 2: got label -1; expected at most 2, and not below 0"):
+        check_imglist(path, tmp_path, 3, ood_allowed=False)
+    path.write_bytes(b"\xff\xfe a.png 1\n")
+    with pytest.raises(UsageError, match="expected a text file"):
+        check_imglist(path, tmp_path, 3)
+
+
+def test_a_data_set_whose_list_came_without_its_images_is_absent(tmp_path):
+    from sdood_plugin.hosts.openood.imglist import is_absent
+
+    (tmp_path / "a.png").touch()
+    for text, expected in (("b.png 1\n", True), ("b.png 1\na.png 1\n", False)):
+        (tmp_path / "list.txt").write_text(text)
+        assert is_absent(tmp_path / "list.txt", tmp_path) == expected
+    assert is_absent(tmp_path / "none.txt", tmp_path)
+
+
+def test_a_host_that_does_not_import_is_said_whatever_it_raises(monkeypatch, tmp_path):
+    from sdood_plugin.hosts.openood import host as module
+
+    (tmp_path / "openood").mkdir()
+    (tmp_path / "openood" / "__init__.py").touch()
+    monkeypatch.setenv("OPENOOD_ROOT", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(module, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / name / "__init__.py")))
+
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms\ndoes not exist")
+
+    monkeypatch.setattr(module, "import_module", broken)
+    module._import_all.cache_clear()
+    said = "RuntimeError: operator torchvision::nms does not exist"
+    with pytest.raises(UsageError, match=f"OpenOOD: got {said}"):
+        module.require_host()
+    first, *lines = module.doctor().splitlines()
+    assert first == f"OpenOOD: openood.evaluation_api does not import: {said}"
+    assert f"openood.evaluation_api  FAILS: {said}" in lines
+    assert lines[-1] == f"openood is {tmp_path / 'openood'}"

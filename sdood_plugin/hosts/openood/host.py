@@ -94,8 +94,12 @@ def require_host() -> ModuleType:
         raise UsageError("OpenOOD", "no importable host", "OpenOOD and the packages it imports", text)
     try:
         return _import_all()
-    except (ImportError, AttributeError, OSError) as error:
-        raise UsageError("OpenOOD", f"{type(error).__name__}: {error}", "an importable host", "see `sdood doctor`") from error
+    except Exception as error:  # a torchvision or numpy of another build raises RuntimeError or ValueError
+        raise UsageError("OpenOOD", _said(error), "an importable host", "see `sdood doctor`") from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def doctor() -> str:
@@ -112,6 +116,7 @@ def doctor() -> str:
                     import_module(f"openood.{part}")
                 lines.append(f"openood.{part:15s} imports")
             except Exception as error:  # noqa: BLE001 - whatever a host's module raises at import is the finding
-                lines.append(f"openood.{part:15s} FAILS: {type(error).__name__}: {error}")
-        lines.append(f"openood is {Path(str(import_module('openood').__file__)).parent}")
-    return "\n".join(["OpenOOD: " + ("can be used" if text is None else text), *lines])
+                lines.append(f"openood.{part:15s} FAILS: {_said(error)}")
+                text = text or f"openood.{part} does not import: {_said(error)}"
+        lines.append(f"openood is {Path(str(find_spec('openood').origin)).parent}")  # type: ignore[union-attr]
+    return "\n".join([f"OpenOOD: {text or 'can be used'}", *lines])
