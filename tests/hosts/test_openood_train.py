@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,6 @@ import pytest
 import torch
 import yaml
 
-from sdood_plugin.artifacts import read_tensors
 from sdood_plugin.detector.network import Heads, ThreeHeadNet
 from sdood_plugin.errors import UsageError
 from sdood_plugin.features import Backbone
@@ -23,7 +23,6 @@ from sdood_plugin.scoring.storage import load_score
 
 from .openood_tree import REPOSITORY, all_images
 from .readme import script
-from .two_processes import train as train_in_one
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the host's warnings are not ours to mend
 
@@ -120,6 +119,29 @@ def test_export_writes_what_the_run_has(exported, run_folder):
         export_openood(exported, exported / "again")
 
 
+def test_an_export_says_what_its_files_cannot(run_folder, exported, tmp_path):
+    """The same run as if its classes were pseudo-labels and its detector another."""
+    from sdood_plugin.hosts.openood import export_openood
+
+    shutil.copytree(run_folder, tmp_path / "run")
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    config["clustering"]["method"] = "kmeans"
+    config["detector"] |= {"input_size": 48, "frozen_blocks": 1}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    labels, network, *jobs = export_openood(tmp_path / "run", tmp_path / "data").splitlines()
+    assert labels.startswith("# note: the run's classes are pseudo-labels")
+    assert "ACC mean nothing" in labels
+    assert network.startswith("# note: `three heads` trains small_cnn from random weights")
+    assert "input_size 48" in network
+    assert "frozen_blocks 1" in network
+    assert len(jobs) == 12
+    given, pseudo = (
+        yaml.safe_load((root / "sdood" / "dataset.yml").read_text())["dataset"]["test"] for root in (exported, tmp_path / "data")
+    )
+    assert "labelled" not in given
+    assert pseudo["labelled"] is False
+
+
 @pytest.mark.parametrize("name", STOCK)
 def test_stock_outlier_trainers_train_on_our_outliers(exported, few, tmp_path, name, capsys):
     """The exported command, its data set cut to the few images."""
@@ -174,23 +196,6 @@ def test_our_pipeline_trains_three_heads_and_leaves_a_detector(exported, tmp_pat
     np.testing.assert_allclose(-post.inference(made, loaders["test"], progress=False)[1], expected.numpy(), rtol=1e-4)
     with pytest.raises(UsageError, match="checkpoint of this backbone"):
         load_checkpoint(folder / "best.ckpt", 10, backbone="resnet18_cifar", normalisation="half")
-
-
-def test_two_processes_share_the_images_and_end_with_one_network(exported, tmp_path):
-    """Each process trains on half of the images; the bank, made by one, still holds all of them."""
-    settings = "--optimizer.num_epochs 1 --num_workers 0"
-    given = arguments(exported / "sdood" / "dataset.yml", own_files(exported), settings, tmp_path / "results")
-    given[given.index("--num_gpus") + 1] = "2"  # what the host shares its loaders by
-    torch.multiprocessing.spawn(train_in_one, (str(tmp_path), given), nprocs=2)
-    one, two = (read_tensors(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
-    shares = [tensors.pop("share") for tensors in (one, two)]
-    assert torch.equal(torch.cat(shares).sort().values, torch.arange(128))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    folder = next(tmp_path.rglob("detector.safetensors")).parent
-    bank = load_score(folder).inside
-    assert len(bank.unique(dim=0)) == len(bank) == 128
-    assert load_score(folder).calibration.heldout == [32, 32]
-    assert len(list(tmp_path.rglob("best.ckpt"))) == 1
 
 
 def test_the_exported_test_pipeline_scores_the_runs_detector(exported, tmp_path, capsys):
@@ -375,17 +380,6 @@ def test_training_says_what_is_wrong_before_it_writes(exported, configs, tmp_pat
     if not torch.cuda.is_available():
         assert main([*arguments(dataset, own, "", tmp_path / "results"), "--num_gpus", "1"]) == 2
         assert "expected at most 0, the CUDA devices here" in capsys.readouterr().err
-
-
-def test_a_stock_network_cannot_train_three_heads(exported, tmp_path, host, capsys):
-    from openood.networks import ResNet18_32x32
-
-    from sdood_plugin.hosts.openood.__main__ import main
-
-    torch.save(ResNet18_32x32(num_classes=10).state_dict(), tmp_path / "stock.ckpt")
-    settings = f"--network.pretrained True --network.checkpoint {tmp_path}/stock.ckpt --num_workers 0"
-    assert main(arguments(exported / "sdood" / "dataset.yml", own_files(exported), settings, tmp_path / "results")) == 2
-    assert "expected a network with three heads" in capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,14 +12,15 @@ MIXOE_BATCH = 64
 UDG_CLUSTERS, UDG_PCA = 1000, 256  # in the host's train_udg.yml
 
 
-def command_lines(configs: Path, train: int, outliers: int, detector: Path | None) -> str:
-    """Two lines a job, a comment and a command; each command is whole and can be pasted.
+def command_lines(configs: Path, train: int, outliers: int, detector: Path | None, notes: Sequence[str] = ()) -> str:
+    """A comment line a note, then two lines a job, a comment and a command; each command is whole and can be pasted.
 
     Args:
         configs: The exported folder of YAMLs.
         train: Images in the list `train`.
         outliers: Images in the list `oe`.
         detector: The run's `detector` folder, for a line that scores the run's OOD sets with it; None leaves it out.
+        notes: What a reader of the numbers must know.
     """
     base = _stock("preprocessors/base_preprocessor.yml", "pipelines/train/baseline.yml")
     data, resnet = _own(configs, "dataset.yml"), _stock("networks/resnet18_32x32.yml")
@@ -47,7 +49,8 @@ def command_lines(configs: Path, train: int, outliers: int, detector: Path | Non
             ],
             f"--network.pretrained True --network.checkpoint {shlex.quote(str(detector / 'detector.safetensors'))}",
         )
-    return "\n".join(f"# {name}\n{command}" for name, command in jobs.items()) + "\n"
+    lines = [f"# note: {note}" for note in notes] + [f"# {name}\n{command}" for name, command in jobs.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _mixoe(train: int, outliers: int) -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ...artifacts import write_text
-from ...config import RunConfig
+from ...config import DetectorConfig, RunConfig
 from ...context import Context
 from ...data.images import ImageSet, save_png
 from ...errors import UsageError
@@ -30,7 +30,9 @@ def export_openood(run_folder: str | Path, dest: str | Path) -> str:
 
     Below `dest`, which may be the host's own data folder: images_classic/sdood, benchmark_imglist/sdood and sdood (the
     YAMLs and commands.txt). ID images carry their pseudo-labels and an outlier its SOURCE's; held-out images become the
-    validation split and their outliers the OOD validation set, so the host's parameter search sees no test image.
+    validation split and their outliers the OOD validation set, so the host's parameter search sees no test image. Where the
+    run's classes are pseudo-labels, those of its test images are not known: `test` says 0 throughout, and test accuracy and
+    the host's column ACC mean nothing. commands.txt says that, and what of the run's detector the host does not train.
 
     Args:
         run_folder: A run whose outliers are generated.
@@ -61,9 +63,34 @@ def export_openood(run_folder: str | Path, dest: str | Path) -> str:
     _write_configs(context, labels.classes, lists, groups, dest)
     detector = run_folder.resolve() / "detector"
     scores = all(groups.values()) and (detector / "bank.safetensors").is_file()
-    text = command_lines((dest / CONFIGS).resolve(), lists["train"], lists.get("oe", 0), detector if scores else None)
+    text = command_lines(
+        (dest / CONFIGS).resolve(), lists["train"], lists.get("oe", 0), detector if scores else None, _notes(context)
+    )
     write_text(dest / CONFIGS / "commands.txt", text)
     return text
+
+
+def _test_labelled(context: Context) -> bool:
+    """Whether the list `test` has classes of the kind that are trained; without test images it is the held-out images' list."""
+    return context.test is None or (context.config.clustering.method == "given" and context.test.labels is not None)
+
+
+def _notes(context: Context) -> list[str]:
+    notes = []
+    if not _test_labelled(context):
+        notes.append(
+            "the run's classes are pseudo-labels, those of its test images are not known and test.txt says 0 throughout: "
+            "test accuracy and the column ACC mean nothing"
+        )
+    own, usual = context.detector, DetectorConfig()
+    names = ("weights", "input_size", "pooling", "frozen_blocks")
+    changed = [f"{name} {getattr(own, name)}" for name in names if getattr(own, name) != getattr(usual, name)]
+    if changed:
+        notes.append(
+            f"`three heads` trains {own.backbone} from random weights; the run's detector had {', '.join(changed)}, "
+            "which the host's YAMLs cannot say"
+        )
+    return notes
 
 
 def _read_config(run_folder: Path) -> RunConfig:
@@ -103,11 +130,7 @@ def _write_id(context: Context, labels: torch.Tensor, heldout: torch.Tensor, des
         names = (dest / LISTS / "val.txt").read_text()
         write_text(dest / LISTS / "test.txt", names)
         return {**counts, "test": counts["val"]}
-    true = (
-        test.labels
-        if context.config.clustering.method == "given" and test.labels is not None
-        else torch.zeros(len(test), dtype=torch.int64)
-    )
+    true = test.labels if _test_labelled(context) and test.labels is not None else torch.zeros(len(test), dtype=torch.int64)
     counts["test"] = _write_list(dest, "test", _write_images(test, torch.arange(len(test)), "test", dest), true.tolist())
     return counts
 
@@ -169,6 +192,8 @@ def _write_configs(context: Context, classes: int, lists: dict[str, int], groups
             "batch_size": min(wanted.get(split, 200), lists[split]),
             "shuffle": split in wanted,
         }
+    if not _test_labelled(context):
+        dataset["test"]["labelled"] = False
     _write_yaml(dest / CONFIGS / "dataset.yml", {"dataset": dataset})
     if all(groups.values()) and "oe_heldout" in splits:
         ood = {

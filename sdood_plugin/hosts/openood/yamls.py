@@ -65,6 +65,7 @@ recorder:
 POSTPROCESSOR = """# Distance + voting.
 # outliers: an outlier-set folder, a run folder or its detector folder; empty is distance only.
 # null keeps the default or what the detector folder was calibrated with; a null alpha is chosen on held-out outliers.
+# On the command line what is null here takes its type: --postprocessor.postprocessor_args.k_vote 3:int
 # APS_mode: True searches on the host's OOD validation set, which for cifar10 and cifar100 holds Tiny-ImageNet images.
 postprocessor:
   name: sdood
@@ -94,7 +95,9 @@ dataset:
     batch_size: 256
     shuffle: True
     interpolation: bilinear
-  oe_heldout:   # outliers of held-out sources: never trained on, train_sdood chooses the weight of the votes by them
+  # Outliers of images that the run held out; the host's own train list still has those images. Never trained on:
+  # train_sdood chooses the weight of the votes by them.
+  oe_heldout:
     dataset_class: ImglistDataset
     data_dir: ./data/images_classic/
     imglist_pth: ./data/benchmark_imglist/sdood/oe_heldout.txt
