@@ -1,4 +1,4 @@
-"""`train_sdood` in two processes on a CPU, started by test_openood_train.py.
+"""`train_sdood` in two processes on a CPU, and a process that fails, started by test_openood_checks.py.
 
 The host's own launcher gives each process a GPU and asks for NCCL; a gloo group takes that place here, and everything after
 the launcher is the pipeline's own: the host's loaders, their shares, its recorder and `comm`.
@@ -11,6 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+def fail(rank: int, kind: str) -> None:
+    """Raise our error, or one that is not ours."""
+    from sdood_plugin.errors import RunError
+
+    raise RunError("loss", "nan: at once", "a number", "lower optimizer.lr") if kind == "RunError" else ValueError("not ours")
 
 
 def train(rank: int, folder: str, arguments: list[str]) -> None:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
+from ... import errors
 from ...errors import SdoodError, UsageError
 
 
@@ -20,7 +22,7 @@ def read_config(arguments: Sequence[str]) -> Any:
     """The host's config of a command line.
 
     Raises:
-        UsageError: A file or a key that is not there.
+        UsageError: A file or a key that is not there, or a value that does not fit its key.
     """
     from .device import replaced
     from .host import require_host
@@ -31,22 +33,32 @@ def read_config(arguments: Sequence[str]) -> Any:
     try:
         with replaced(sys, argv=["sdood_plugin.hosts.openood", *arguments]):
             config = setup_config()
-    except KeyError as error:
-        raise UsageError(
-            "command line or YAML",
-            f"{error} ",
-            "a key that the YAML files set",
-            "check the spelling, or give the file that has it",
-        ) from error
-    except AssertionError as error:
-        raise UsageError("command line", error, "--config FILES and then --key value pairs", "see the host's main.py") from error
-    except OSError as error:
-        raise UsageError(f"config {error.filename}", error.strerror, "a YAML file", "check the path") from error
+    except Exception as error:  # the host has no exceptions of its own
+        raise _misread(arguments, error) from error
     missing = [key for key in ("pipeline", "dataset", "network") if not config.get(key)]
     if missing:
         raise UsageError("config", f"no section {missing[0]}", "pipeline, dataset and network", "give the file that has it")
     config.num_gpus, config.num_machines = config.num_gpus or 0, config.num_machines or 1
     return config
+
+
+def _misread(arguments: Sequence[str], error: Exception) -> UsageError:
+    """What the host's reading of YAMLs and command line stumbled over."""
+    if isinstance(error, OSError):
+        return UsageError(f"config {error.filename}", error.strerror, "a YAML file", "check the path")
+    if isinstance(error, AssertionError):
+        return UsageError("command line", error, "--config FILES and then --key value pairs", "see the host's main.py")
+    if isinstance(error, KeyError) and error.args[0] in {word.partition("=")[2] or word for word in arguments}:
+        return UsageError("command line", error, "True or False, as in the YAML", "mend that value")
+    if isinstance(error, KeyError):
+        expected, remedy = "a key that the YAML files set", "check the spelling, or give the file that has it"
+        return UsageError("command line or YAML", f"{error} ", expected, remedy)
+    return UsageError(
+        "command line or YAML",
+        f"{type(error).__name__}: {error}",
+        "YAML files named *.yml, and values of the type they have there",
+        "mend it; a key that is null in the YAML takes its type after a colon, as 3:int",
+    )
 
 
 def check_devices(gpus: int) -> None:
@@ -67,11 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(list(sys.argv[1:] if arguments is None else arguments))
         from openood.utils import launch
 
-        from .pipeline import check_config, run_pipeline
+        from .checks import check_config
+        from .pipeline import run_pipeline
 
         check_devices(config.num_gpus)
         if config.num_gpus > 1:
-            check_config(config)  # here too, because what a process of the host's launcher raises ends in a traceback
+            check_config(config)  # here too, before processes are started
         launch(
             run_pipeline,
             config.num_gpus,
@@ -83,6 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SdoodError as error:
         print(f"sdood: error: {error}", file=sys.stderr)
         return error.exit_code
+    except ProcessRaisedException as error:  # its text is the process's traceback
+        name, _, text = str(error).rstrip().splitlines()[-1].partition(": ")
+        kind = getattr(errors, name.removeprefix(f"{errors.__name__}."), None)
+        if kind is None:
+            raise
+        print(f"sdood: error: {text}", file=sys.stderr)
+        return kind.exit_code
     return 0
 
 

@@ -16,14 +16,13 @@ import torch
 
 from ...config import ScoringConfig
 from ...detector.network import save_network
-from ...errors import UsageError
 from ...scoring.score import fit_score
 from ...scoring.storage import save_score
 from .checkpoints import build_network
+from .checks import check_config
 from .compat import host_settings
 from .device import on_device, replaced
 from .host import require_host
-from .imglist import check_imglist
 from .network import SDOODNet
 from .postprocessor import SDOODPostprocessor
 from .trainer import SDOODTrainer
@@ -37,8 +36,6 @@ from openood.recorders import get_recorder  # noqa: E402
 from openood.utils import comm, setup_logger  # noqa: E402
 
 log = logging.getLogger(__name__)
-SPLITS = ("train", "oe", "val", "test")
-_TRAINER_KEYS = {"name", "lambda_out"}
 
 
 class TrainSDOOD:
@@ -50,8 +47,9 @@ class TrainSDOOD:
     `detector.safetensors`, `bank.safetensors` and `score.json` hold the last epoch's network and the score calibrated
     on val: what `SDOODPostprocessor` and `load_detector` take.
 
-    With several GPUs the host starts a process for each and its loaders give each a share of the images to train on;
-    validation and the banks are of all images all the same.
+    With several GPUs the host starts a process for each and its loaders give each a share of the images, BatchNorm works
+    over all shares as in the host's own pipelines, and the banks, made by one process, are of all images all the same.
+    Where the data set says `test.labelled: False` (an export of pseudo-labels) the test images are not classified.
 
     Args:
         config: The host's config.
@@ -72,38 +70,53 @@ class TrainSDOOD:
             RunError: The loss was not finite.
         """
         config = self.config
-        net = _seeded_network(config)
-        setup_logger(config)
+        net = _synchronised(_seeded_network(config))
         torch.manual_seed(config.seed)
         np.random.seed(config.seed)
         loaders = get_dataloader(config)
         for name in ("oe", "controls"):
             if name in loaders:
                 loaders[name].dataset.transform_image = loaders["train"].dataset.transform_image
-        whole = {name: _whole(loader) for name, loader in loaders.items()}
         trainer = SDOODTrainer(net, loaders["train"], loaders["oe"], config, loaders.get("controls"))
-        evaluator, is_main = get_evaluator(config), comm.is_main_process()
-        recorder = get_recorder(config) if is_main else None
+        evaluator = get_evaluator(config)
+        recorder = get_recorder(config) if comm.is_main_process() else None
+        setup_logger(config)
         for epoch in range(1, config.optimizer.num_epochs + 1):
             for loader in loaders.values():
                 if isinstance(loader.sampler, torch.utils.data.distributed.DistributedSampler):
                     loader.sampler.set_epoch(epoch - 1)
             net, train_metrics = trainer.train_epoch(epoch)
-            val_metrics = evaluator.eval_acc(net, whole["val"], None, epoch)
+            val_metrics = _evaluated(evaluator, net, loaders["val"], epoch)
             comm.synchronize()
             if recorder is not None:
                 recorder.save_model(net, val_metrics)
                 recorder.report(train_metrics, val_metrics)
-        test_metrics = evaluator.eval_acc(net, whole["test"])
+        labelled = config.dataset.test.labelled is not False
+        test_metrics = _evaluated(evaluator, net, loaders["test"]) if labelled else None
         if recorder is not None:
             recorder.summary()
-            log.info("test accuracy %.2f %%", 100 * test_metrics["acc"])
-            _write_detector(getattr(net, "module", net), whole, Path(config.output_dir))
+            if test_metrics is not None:
+                log.info("test accuracy %.2f %%", 100 * test_metrics["acc"])
+            banks = {name: _whole(loader) for name, loader in loaders.items()}
+            _write_detector(getattr(net, "module", net), banks, Path(config.output_dir))
 
 
 def _seeded_network(config: Any) -> Any:
     torch.manual_seed(config.seed)
     return build_network(config.network, config.dataset.num_classes)
+
+
+def _synchronised(net: Any) -> Any:
+    """BatchNorm over all processes' images, as the host's pipelines have it; torch has that on GPUs only."""
+    if comm.get_world_size() > 1 and next(net.parameters()).is_cuda:
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
+
+
+def _evaluated(evaluator: Any, net: Any, loader: Any, epoch: int = -1) -> dict[str, float]:
+    """The host's accuracy and loss of a split of which each process takes its share; the host adds their mean losses up."""
+    metrics = evaluator.eval_acc(net, loader, None, epoch)
+    return {**metrics, "loss": metrics["loss"] / comm.get_world_size()}
 
 
 def _whole(loader: Any) -> torch.utils.data.DataLoader:
@@ -125,46 +138,6 @@ def _write_detector(net: SDOODNet, loaders: dict[str, Any], folder: Path) -> Non
         log.warning("no split oe_heldout: the score is the distance alone, its votes have no held-out outliers to be weighed by")
     save_network(folder / "detector.safetensors", net.network)
     save_score(folder, fit_score(features("train"), features("oe"), features("val"), features("oe_heldout"), ScoringConfig()))
-
-
-def check_config(config: Any) -> None:
-    """Everything that can be wrong before training: lists, classes, keys, checkpoint.
-
-    Raises:
-        UsageError: Something is.
-    """
-    dataset = config.dataset
-    if not dataset or not dataset.split_names:
-        raise UsageError("dataset.split_names", dataset and dataset.split_names, "names of splits", "give the data set's YAML")
-    for name in dataset.split_names:
-        split = dataset.get(name)
-        if not split or not split.imglist_pth:
-            raise UsageError(f"dataset.{name}", split, "dataset_class, data_dir and imglist_pth", "give the YAML that has it")
-        check_imglist(split.imglist_pth, split.data_dir, dataset.num_classes)
-    network = config.network
-    if not network or network.num_classes != dataset.num_classes:
-        raise UsageError(
-            "network.num_classes",
-            network and network.num_classes,
-            f"{dataset.num_classes} like dataset.num_classes",
-            "use '@{dataset.num_classes}'",
-        )
-    if config.pipeline.name == "train_sdood":
-        _check_train_sdood(config)
-    if network.pretrained and network.name == "sdood":
-        build_network(type(config)({**network, "num_gpus": 0}), dataset.num_classes)
-
-
-def _check_train_sdood(config: Any) -> None:
-    absent = [name for name in SPLITS if name not in config.dataset.split_names]
-    unknown = sorted(set(config.trainer) - _TRAINER_KEYS)
-    if absent or unknown:
-        raise UsageError(
-            "dataset.split_names" if absent else "trainer",
-            config.dataset.split_names if absent else unknown,
-            f"{', '.join(SPLITS)} among them" if absent else f"{', '.join(sorted(_TRAINER_KEYS))} only",
-            "use a *_sdood_oe.yml beside the data set's own" if absent else "check the spelling",
-        )
 
 
 @contextlib.contextmanager
@@ -198,8 +171,9 @@ def registered() -> Iterator[None]:
 @contextlib.contextmanager
 def _restored_process() -> Iterator[None]:
     """Standard output and the global random states as before: the host's logger replaces the one and closes it when it is
-    collected, and its pipelines seed the others."""
+    collected, and its pipelines seed the others (GPUs too, which have no state yet where CUDA was not used before)."""
     stdout, states = sys.stdout, (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     benchmark = torch.backends.cudnn.benchmark
     try:
         yield
@@ -214,6 +188,8 @@ def _restored_process() -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if gpus is not None:
+            torch.cuda.set_rng_state_all(gpus)
         torch.backends.cudnn.benchmark = benchmark
 
 

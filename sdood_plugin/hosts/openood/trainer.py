@@ -38,14 +38,7 @@ class SDOODTrainer(BaseTrainer):
     def __init__(
         self, net: nn.Module, train_loader: Any, train_unlabeled_loader: Any, config: Any, control_loader: Any = None
     ) -> None:
-        inner = getattr(net, "module", net)
-        if not isinstance(inner, SDOODNet) or isinstance(inner.network.g_bin, AbsentHead):
-            raise UsageError(
-                "network of TrainSDOOD",
-                type(inner).__name__,
-                "a network with three heads",
-                "use network.name: sdood without a stock checkpoint",
-            )
+        require_three_heads(net)
         if not isinstance(config.trainer.lambda_out, (int, float)) or config.trainer.lambda_out < 0:
             raise UsageError(
                 "trainer.lambda_out", config.trainer.lambda_out, "a number of 0 or more", "set it in the pipeline YAML"
@@ -82,6 +75,18 @@ class SDOODTrainer(BaseTrainer):
             self.scheduler.step()
             smooth = smooth * 0.8 + value * 0.2
         return self.net, {"epoch_idx": epoch_idx, "loss": self.save_metrics(smooth)}
+
+
+def require_three_heads(net: nn.Module) -> None:
+    """Raises UsageError for a network, possibly wrapped for several GPUs, that is not an `SDOODNet` with all of its heads."""
+    inner = getattr(net, "module", net)
+    if not isinstance(inner, SDOODNet) or isinstance(inner.network.g_bin, AbsentHead):
+        raise UsageError(
+            "network of TrainSDOOD",
+            type(inner).__name__,
+            "a network with three heads",
+            "use network.name: sdood without a stock checkpoint",
+        )
 
 
 def _endless(loader: Any) -> Iterator[Any]:
