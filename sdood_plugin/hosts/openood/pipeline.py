@@ -114,7 +114,10 @@ def _synchronised(net: Any) -> Any:
 
 
 def _evaluated(evaluator: Any, net: Any, loader: Any, epoch: int = -1) -> dict[str, float]:
-    """The host's accuracy and loss of a split of which each process takes its share; the host adds their mean losses up."""
+    """The host's accuracy and loss of a split, each process over its share; the host adds up the shares' mean losses.
+
+    Where the images do not divide by the processes, the host fills the shares up with images that then count twice.
+    """
     metrics = evaluator.eval_acc(net, loader, None, epoch)
     return {**metrics, "loss": metrics["loss"] / comm.get_world_size()}
 
