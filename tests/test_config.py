@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +15,12 @@ from sdood_plugin.config import (
     DetectorConfig,
     DiffusionConfig,
     ImagesConfig,
+    InspectionConfig,
     OODConfig,
     OutliersConfig,
     RunConfig,
     ScoringConfig,
+    SelectionConfig,
     as_dict,
 )
 from sdood_plugin.errors import UsageError
@@ -128,6 +131,41 @@ GOOD = [
 @pytest.mark.parametrize(("stage", "name", "value"), GOOD, ids=[f"{stage}.{name}={value}" for stage, name, value in GOOD])
 def test_the_ends_of_a_range_are_allowed(stage, name, value):
     assert getattr(STAGES[stage](**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: DetectorConfig(optimizer="adam"), "detector.optimizer: got 'adam'; expected sgd or adamw;"),
+        (lambda: DetectorConfig(pooling="max"), "detector.pooling: got 'max'; expected own, cls or mean;"),
+        (lambda: DetectorConfig(augmentation="x"), "detector.augmentation: got 'x'; expected digits, natural or none;"),
+        (lambda: DetectorConfig(epochs=1.5), "detector.epochs: got 1.5; expected a whole number;"),
+        (lambda: DetectorConfig(batch_size=True), "detector.batch_size: got True; expected a whole number;"),
+        (lambda: DetectorConfig(lr="0.1"), "detector.lr: got '0.1'; expected a number;"),
+        (lambda: DetectorConfig(lr=True), "detector.lr: got True; expected a number;"),
+        (lambda: DetectorConfig(compile=1), "detector.compile: got 1; expected true or false;"),
+        (lambda: DetectorConfig(frozen_blocks=1.5), "detector.frozen_blocks: got 1.5; expected a whole number or all;"),
+        (lambda: DetectorConfig(frozen_blocks="most"), "detector.frozen_blocks: got 'most'; expected a whole number or all;"),
+        (lambda: DetectorConfig(weights=Path("w")), r"detector.weights: got PosixPath\('w'\); expected text or null;"),
+        (lambda: ScoringConfig(k_vote=2.5), "scoring.k_vote: got 2.5; expected a whole number;"),
+        (lambda: ScoringConfig(normalise="no"), "scoring.normalise: got 'no'; expected true or false;"),
+        (lambda: ScoringConfig(alphas=[0.1, "1"]), "scoring.alphas: .*expected a list, each a number;"),
+        (lambda: ScoringConfig(backend="annoy"), "scoring.backend: got 'annoy'; expected auto, torch or faiss;"),
+        (lambda: ClusteringConfig(method="dbscan"), "clustering.method: .*expected scan, kmeans, gmm or given;"),
+        (lambda: DiffusionConfig(schedule="sigmoid"), "diffusion.schedule: .*expected linear or cosine;"),
+        (lambda: OutliersConfig(guidance_weight="3"), "outliers.guidance_weight: .*a number or a list, each a number;"),
+        (lambda: SelectionConfig(keep=["good"]), "selection.keep: .*expected a list, each stay, flip or ambiguous;"),
+        (lambda: InspectionConfig(neighbours=0.5), "inspection.neighbours: .*expected a whole number;"),
+        (lambda: CompareConfig(fake_it_frozen_blocks="some"), "compare.fake_it_frozen_blocks: .*whole number, all or null;"),
+        (lambda: ImagesConfig("x", split="val"), "split of an image set: got 'val'; expected train, test,"),
+        (lambda: OODConfig("x", "middle", ImagesConfig("x")), "group in data.ood: got 'middle'; expected near or far;"),
+        (lambda: DataConfig(train="x"), "data.train: got 'x'; expected ImagesConfig;"),
+        (lambda: RunConfig(seed=0.5), "^seed: got 0.5; expected a whole number;"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_from_python_too(made, message):
+    with pytest.raises(UsageError, match=message):
+        made()
 
 
 @pytest.mark.parametrize(

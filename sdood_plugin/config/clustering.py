@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .check import require, require_positive
+from .check import require, require_positive, require_types
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class ClusteringConfig:
     self_label_threshold: float = 0.99
 
     def __post_init__(self) -> None:
+        require_types("clustering.{}", self)
         require(
             self.clusters >= 2,
             "clustering.clusters",

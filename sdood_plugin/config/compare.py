@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .check import require, require_positive
+from .check import require, require_positive, require_types
 
 _Standard = Literal["distance", "msp", "energy", "knn", "mahalanobis", "vim", "oe-noise", "dn2", "mscl", "multi-class", "fake-it"]
 Comparator = Literal[_Standard, "oe", "energy-oe", "background"]
@@ -39,10 +39,12 @@ class CompareConfig:
     fake_it_frozen_blocks: int | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
+        require_types("compare.{}", self)
         require_positive("compare", self, "mscl_lr")
         require(0 <= self.mscl_angular < math.inf, "compare.mscl_angular", self.mscl_angular, "0 or more")
         for name in ("multi_class_lr", "fake_it_steps", "fake_it_lr"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"compare.{name}", value, "above 0, or null")
-        frozen = self.fake_it_frozen_blocks
-        require(frozen in (None, "all") or int(frozen) >= 0, "compare.fake_it_frozen_blocks", frozen, "0 or more, all, or null")
+        blocks = self.fake_it_frozen_blocks
+        fits = blocks is None or blocks == "all" or blocks >= 0
+        require(fits, "compare.fake_it_frozen_blocks", blocks, "0 or more, all, or null")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .check import require
+from .check import require, require_types
 
 Group = Literal["near", "far"]
 
@@ -30,6 +30,7 @@ class ImagesConfig:
     limit: int | None = None
 
     def __post_init__(self) -> None:
+        require_types("{} of an image set", self)
         require(bool(self.path), "path of an image set", repr(self.path), "a folder, an imglist, CIFAR batches or an .npz")
         require(self.limit is None or self.limit > 0, "limit of an image set", self.limit, "a number above 0, or null for all")
 
@@ -49,6 +50,7 @@ class OODConfig:
     images: ImagesConfig
 
     def __post_init__(self) -> None:
+        require_types("{} in data.ood", self)
         require(
             self.name != "id" and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", self.name) is not None,
             "name in data.ood",
@@ -85,6 +87,7 @@ class DataConfig:
     demo_left_out: int | None = None
 
     def __post_init__(self) -> None:
+        require_types("data.{}", self)
         require(self.image_size is None or 8 <= self.image_size <= 1024, "data.image_size", self.image_size, "8 to 1024, or null")
         require(0 < self.heldout_fraction < 1, "data.heldout_fraction", self.heldout_fraction, "a fraction above 0 and below 1")
         require(0 <= self.demo_rho <= 1, "data.demo_rho", self.demo_rho, "0 to 1")

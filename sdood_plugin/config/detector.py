@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .check import require, require_positive
+from .check import require, require_positive, require_types
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class DetectorConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        require_types("detector.{}", self)
         require_positive("detector", self, "epochs", "batch_size", "lr")
         for name in ("outlier_ratio", "control_ratio", "lambda_out", "weight_decay", "cache_gib"):
             require(0 <= getattr(self, name) < math.inf, f"detector.{name}", getattr(self, name), "0 or more")
@@ -103,6 +104,7 @@ class ScoringConfig:
     backend: Literal["auto", "torch", "faiss"] = "auto"
 
     def __post_init__(self) -> None:
+        require_types("scoring.{}", self)
         require_positive("scoring", self, "k_distance", "k_vote")
         require(self.alpha is None or 0 <= self.alpha < math.inf, "scoring.alpha", self.alpha, "0 or more, or null to choose it")
         require(
@@ -118,4 +120,3 @@ class ScoringConfig:
             self.bank_size,
             "more than k_distance and at least k_vote, or null",
         )
-        require(self.backend in ("auto", "torch", "faiss"), "scoring.backend", self.backend, "auto, torch or faiss")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from .check import require, require_positive
+from .check import require, require_positive, require_types
 
 
 class UNetShape(NamedTuple):
@@ -63,7 +63,7 @@ class DiffusionConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        require(self.size in UNET_SHAPES, "diffusion.size", self.size, f"one of {', '.join(UNET_SHAPES)}")
+        require_types("diffusion.{}", self)
         require_positive("diffusion", self, "timesteps", "steps", "batch_size", "lr", "gradient_clip")
         require(0 < self.max_start_fraction <= 1, "diffusion.max_start_fraction", self.max_start_fraction, "above 0, at most 1")
         require(

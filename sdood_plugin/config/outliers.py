@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .check import require, require_positive
+from .check import require, require_positive, require_types
 
 Mode = Literal["other", "same", "away", "blend"]
 
@@ -51,6 +51,7 @@ class OutliersConfig:
     format: Literal["png", "webp"] = "png"
 
     def __post_init__(self) -> None:
+        require_types("outliers.{}", self)
         for name, lowest, highest, expected in (
             ("guidance_weight", -1.0, math.inf, "a finite w >= -1"),
             ("start_fraction", math.ulp(0.0), 1.0, "S / T above 0, at most 1"),

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .check import require
+from .check import require, require_types
 from .clustering import ClusteringConfig
 from .compare import CompareConfig
 from .data import DataConfig
@@ -53,6 +53,7 @@ class RunConfig:
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
+        require_types("{}", self)
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "0 (every step) or more")
         size, factor = self.data.image_size, 2 ** (len(self.diffusion.shape.channels) - 1)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .check import require, require_positive
+from .check import require, require_positive, require_types
 
 Kind = Literal["stay", "flip", "ambiguous"]
 KINDS: tuple[Kind, ...] = ("stay", "flip", "ambiguous")
@@ -29,8 +29,9 @@ class SelectionConfig:
     duplicate_distance: float | None = None
 
     def __post_init__(self) -> None:
+        require_types("selection.{}", self)
         require(
-            bool(self.keep) and set(self.keep) <= set(KINDS) and len(set(self.keep)) == len(self.keep),
+            bool(self.keep) and len(set(self.keep)) == len(self.keep),
             "selection.keep",
             self.keep,
             f"one or more of {', '.join(KINDS)}, each once",
@@ -70,6 +71,7 @@ class InspectionConfig:
     neighbours: int = 3
 
     def __post_init__(self) -> None:
+        require_types("inspection.{}", self)
         require(bool(self.features), "inspection.features", repr(self.features), "reference, inception, pixels or a timm model")
         require_positive("inspection", self, "kernel_subsets", "kernel_subset_size", "neighbours")
         ours = self.features in ("reference", "pixels")
