@@ -107,12 +107,20 @@ def set_pooling(name: str, body: Any, pooling: str) -> None:
     """Choose the class token or the mean token; timm's `forward_head` then gives it.
 
     Raises:
-        UsageError: The model has no such token.
+        UsageError: The model has no such token, or its `forward_head` is not known to give it.
     """
     if pooling == "own":
         return
-    if not hasattr(body, "blocks") or (pooling == "cls" and getattr(body, "cls_token", None) is None):
-        raise UsageError("detector.pooling", pooling, f"own for {name}", "cls and mean are for transformers that have it")
+    from timm.models import beit, eva, vision_transformer
+
+    known = (vision_transformer.VisionTransformer, beit.Beit, eva.Eva)  # relatives average two tokens, or pool anew
+    if type(body) not in known or (pooling == "cls" and body.cls_token is None):
+        raise UsageError(
+            "detector.pooling",
+            pooling,
+            f"own for {name}",
+            "cls and mean are for timm's VisionTransformer, Beit and Eva, cls where they have the token",
+        )
     body.reset_classifier(0, "token" if pooling == "cls" else "avg")
 
 

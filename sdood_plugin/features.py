@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         pretrained: With timm's own pre-trained weights.
 
     Raises:
-        UsageError: timm knows no model of that name, or the model has no such pooling.
+        UsageError: timm knows no model of that name, or the model has no such pooling or takes no such input size.
         RunError: Its pre-trained weights could not be had.
     """
 
@@ -55,10 +55,15 @@ class Backbone(nn.Module):
             self.resize_input(input_size)
 
     def resize_input(self, side: int) -> None:
-        """Take images of `side` pixels from now on; call it after a transformer got its weights."""
+        """Take images of `side` pixels from now on; call it after a transformer got its weights.
+
+        Raises:
+            UsageError: The model's position embedding cannot be taken to that size.
+        """
         body: Any = self.body
         if side != self.input_size and hasattr(body, "set_input_size"):
-            body.set_input_size(img_size=(side, side))
+            with _naming_the_size(self.name, side):
+                body.set_input_size(img_size=(side, side))
         self.input_size = side
 
     def layers(self) -> dict[str, int]:
@@ -156,25 +161,37 @@ def check_backbone(
     input_size: int | None = None,
     frozen_blocks: int | Literal["all"] = 0,
 ) -> None:
-    """Make sure, at no cost, that `load_backbone` and `Backbone.freeze` will do.
+    """Make sure, at no cost, that `load_backbone`, `Backbone.freeze` and a forward pass will do.
 
     Raises:
         UsageError: What they would raise.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad():
         backbone = Backbone(name, pooling=pooling)
         if file := weights_file(weights):
             fitting_weights(read_tensors(file), backbone.body, name, weights)
         if input_size is not None:
             backbone.resize_input(input_size)
         backbone.freeze(frozen_blocks)
+        side = backbone.input_size or 32
+        with _naming_the_size(name, side):
+            backbone.eval()(torch.empty(1, 3, side, side))
+
+
+@contextlib.contextmanager
+def _naming_the_size(name: str, side: int) -> Iterator[None]:
+    """What a model says of images of that side, as an error that names the setting."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UsageError("detector.input_size", side, f"a size {name} can take: {error}", "change it, or give null") from error
 
 
 def load_backbone(name: str, weights: str | Path | None, *, pooling: str = "own", input_size: int | None = None) -> Backbone:
     """A backbone with weights of a safetensors file (keys of the timm model or of `Backbone`), timm's (`hub`) or random ones.
 
     Raises:
-        UsageError: The file's tensors do not fit the model.
+        UsageError: The file's tensors, the pooling or the input size do not fit the model.
         RunError: The hub's weights could not be had.
     """
     backbone = Backbone(name, pooling=pooling, pretrained=weights == HUB)

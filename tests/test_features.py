@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdood_plugin.artifacts import write_tensors
+from sdood_plugin.backbones import set_pooling
 from sdood_plugin.data.images import to_unit
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.features import Backbone, check_backbone, evaluating, extract, load_backbone
@@ -111,10 +112,50 @@ def test_the_feature_is_the_token_asked_for(pictures, vit, pooling):
         torch.testing.assert_close(model(to_unit(pictures.images)), expected)
 
 
-@pytest.mark.parametrize(("name", "pooling"), [("small_cnn", "mean"), ("test_resnet", "cls"), ("test_efficientnet", "cls")])
+@pytest.mark.parametrize("kind", ["Beit", "Eva"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_relatives_of_the_plain_transformer_give_the_token_too(generator, kind, pooling):
+    import timm
+
+    settings = {"img_size": 32, "patch_size": 16, "num_classes": 0, "embed_dim": 64, "depth": 1, "num_heads": 2}
+    with torch.random.fork_rng():
+        body = getattr(timm.models, kind.lower()).__dict__[kind](**settings).eval()
+    set_pooling(kind, body, pooling)
+    tokens = torch.randn(2, 5, 64, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            body.forward_head(tokens), body.fc_norm(tokens[:, 1:].mean(1) if pooling == "mean" else tokens[:, 0])
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("small_cnn", "mean"),
+        ("test_resnet", "cls"),
+        ("test_efficientnet", "cls"),
+        ("test_efficientnet", "mean"),  # which has blocks, but no tokens
+        ("deit_tiny_distilled_patch16_224", "cls"),  # whose head averages the class token with the distillation token
+        ("deit_tiny_distilled_patch16_224", "mean"),
+    ],
+)
 def test_a_pooling_the_model_does_not_have_is_refused(name, pooling):
     with pytest.raises(UsageError, match=f"detector.pooling: got {pooling}"):
         check_backbone(name, pooling=pooling)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "reason"),
+    [
+        ("test_vit", 37, "divisible by patch size"),
+        ("test_vit", 8, "greater than 0"),
+        ("test_convnext", 16, "[Kk]ernel size"),
+        ("small_cnn", 2, "too small"),
+    ],
+)
+def test_an_input_size_the_model_cannot_take_is_refused(name, side, reason):
+    with pytest.raises(UsageError, match=f"detector.input_size: got {side}; expected a size {name} can take: .*{reason}"):
+        check_backbone(name, input_size=side)
 
 
 def test_weights_of_the_own_size_are_taken_to_another_one(tmp_path, pictures):
