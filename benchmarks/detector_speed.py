@@ -98,7 +98,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="the host's loader processes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile ours; on a GPU only")
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--suffix", default="")
     options = parser.parse_args()
     if options.steps < 2 * WARM + 10:

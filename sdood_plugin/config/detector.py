@@ -20,7 +20,8 @@ class DetectorConfig:
         input_size: Side in pixels the backbone gets all images in; null is a timm model's own.
         pooling: The feature: `own` is the model's, `cls` and `mean` a transformer's class token and mean token.
         frozen_blocks: The stem and so many blocks keep their weights; `all` trains the heads alone. Where `augmentation`
-            is `none` their outputs are computed once (a vision transformer's, or any backbone's under `all`).
+            is `none` their outputs are computed once: those of timm's plain vision transformer (not of its relatives, such
+            as BEiT, EVA or a distilled DeiT), or of any backbone under `all`.
         cache_gib: Most memory for those outputs, in float16 on the device; what needs more is computed in every step.
         epochs: Passes over the in-distribution training images.
         batch_size: In-distribution images a step, over all processes.
@@ -36,7 +37,7 @@ class DetectorConfig:
         ema_decay: The network kept is a running average of the weights with this decay, shorter at the start; 0 keeps
             the last weights.
         augmentation: `digits` (small shifts), `natural` (shifts and flips) or `none`; the same for every origin.
-        compile: torch.compile the network on a GPU: minutes at the start, faster steps.
+        compile: torch.compile the network: minutes at the start, faster steps.
     """
 
     backbone: str = "small_cnn"

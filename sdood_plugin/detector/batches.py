@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from ..data.images import to_unit
+from ..errors import RunError
 from ..features import Backbone
 from ..randomness import step_generator
 from ..training import share
@@ -107,6 +108,9 @@ def frozen_outputs(
         accelerator: Device and precision.
         limit_gib: The limit, for all parts together.
         batch_size: Images at once.
+
+    Raises:
+        RunError: An output is NaN, or infinite in float16.
     """
 
     def outputs(images: torch.Tensor) -> torch.Tensor:
@@ -116,10 +120,19 @@ def frozen_outputs(
     one = outputs(parts[0].inputs[:1])
     if one.nbytes * sum(len(part.labels) for part in parts) > limit_gib * 2**30:
         return None
-    cached = []
+    cached, finite = [], torch.ones((), dtype=torch.bool, device=one.device)
     for part in parts:
         pool = one.new_empty(len(part.labels), *one.shape[1:])
         for start in range(0, len(pool), batch_size):
-            pool[start : start + batch_size] = outputs(part.inputs[start : start + batch_size])
+            made = outputs(part.inputs[start : start + batch_size])
+            finite &= made.isfinite().all()
+            pool[start : start + batch_size] = made
         cached.append(part._replace(inputs=pool))
+    if not finite:
+        raise RunError(
+            f"what the frozen blocks of {backbone.name} make of the images",
+            "NaN, or more than float16 holds",
+            f"at most {torch.finfo(torch.float16).max:.0f}",
+            "give --detector.cache_gib 0, which computes it in every step, or other weights",
+        )
     return cached

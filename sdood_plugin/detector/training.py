@@ -63,7 +63,8 @@ def train_detector(
     loss = loss or (_three_heads(config) if batches.has_outliers else _cross_entropy(config))
     average = _average(network, config)
     descent = Descent(network, make_optimizer(network, config), steps, accelerator, warmup_fraction=config.warmup_fraction)
-    wrapped = torch.compile(descent.wrapped) if config.compile and device.type == "cuda" else descent.wrapped
+    if config.compile:
+        descent.wrapped.compile(dynamic=False)  # in place, as the U-Net
 
     def step(index: int) -> dict[str, torch.Tensor]:
         inputs, labels, flags = batches.draw(index)
@@ -72,7 +73,7 @@ def train_detector(
             inputs = training_view(inputs, generator, config.augmentation)
             inputs = to_unit(inputs).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            heads = wrapped(inputs.float(), half_way=bool(cached))
+            heads = descent.wrapped(inputs.float(), half_way=bool(cached))
         values = loss(heads, labels, flags)
         descent(values["loss"])
         if average is not None:
@@ -99,7 +100,10 @@ def _build(config: DetectorConfig, classes: int, image_size: int) -> ThreeHeadNe
 
 def _cached(backbone: Backbone, parts: list[Part], config: DetectorConfig, accelerator: Accelerator) -> list[Part] | None:
     """The frozen blocks' outputs, where every step would compute the same again and there is room."""
-    if config.augmentation != "none" or not backbone.has_frozen_part:
+    if config.augmentation != "none" or not backbone.frozen:
+        return None
+    if not backbone.has_frozen_part:
+        log.info("frozen blocks: computed in every step: %s is not timm's plain vision transformer", backbone.name)
         return None
     cached = frozen_outputs(backbone, parts, accelerator, limit_gib=config.cache_gib)
     log.info("frozen blocks: %s", "computed once" if cached else "computed in every step: more than detector.cache_gib")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from sdood_plugin.artifacts import write_tensors
 from sdood_plugin.config import DetectorConfig
 from sdood_plugin.data.images import to_unit
+from sdood_plugin.detector import training
 from sdood_plugin.detector.batches import Labelled
 from sdood_plugin.detector.network import ThreeHeadNet, load_network, save_network
 from sdood_plugin.detector.training import make_optimizer, train_detector
@@ -149,6 +152,64 @@ def test_augmented_images_are_not_cached(job, parts, monkeypatch):
     train(parts, dataclasses.replace(CONFIG, frozen_blocks="all", augmentation="digits"), job)
 
 
+def test_frozen_outputs_that_float16_cannot_hold_are_named_before_the_first_step(job, parts, monkeypatch):
+    frozen_part = Backbone.frozen_part
+    monkeypatch.setattr(Backbone, "frozen_part", lambda own, x: frozen_part(own, x) + 1e5)
+    config = dataclasses.replace(CONFIG, frozen_blocks="all", augmentation="none")
+    with pytest.raises(
+        RunError, match="frozen blocks of small_cnn.*more than float16 holds.*at most 65504.*detector.cache_gib 0"
+    ):
+        train(parts, config, job, loss=lambda *_: pytest.fail("a step was done"))
+    train(parts, dataclasses.replace(config, cache_gib=0.0), job)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({**VIT, "frozen_blocks": 2}, "computed once"),
+        ({**VIT, "frozen_blocks": 2, "cache_gib": 0.0}, "computed in every step: more than detector.cache_gib"),
+        ({"frozen_blocks": 1}, "computed in every step: small_cnn is not timm's plain vision transformer"),
+        ({}, None),
+    ],
+)
+def test_the_log_says_whether_frozen_blocks_are_computed_once(job, parts, caplog, settings, said):
+    with caplog.at_level("INFO", logger="sdood_plugin.detector.training"):
+        train(parts, dataclasses.replace(CONFIG, epochs=1, augmentation="none", **settings), job)
+    assert caplog.messages == ([] if said is None else [f"frozen blocks: {said}"])
+
+
+def test_the_learning_rate_rises_over_the_share_of_the_steps_asked_for(job, parts, monkeypatch):
+    made, rates = [], []
+    monkeypatch.setattr(training, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[0])
+
+    def loss(heads, labels, flags):
+        rates.append(made[0].param_groups[-1]["lr"])
+        return {"loss": heads.inside.sum()}
+
+    train(parts, dataclasses.replace(CONFIG, epochs=3, lr=0.06, warmup_fraction=1 / 3), job, loss=loss)
+    assert rates == pytest.approx([0.02, 0.04, 0.06] + [0.03 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
+
+
+@pytest.mark.parametrize("augmentation", ["digits", "natural", "none"])
+def test_images_come_channels_last(job, parts, monkeypatch, augmentation):
+    seen, frozen_part = [], Backbone.frozen_part
+    monkeypatch.setattr(Backbone, "frozen_part", lambda own, x: seen.append(x) or frozen_part(own, x))
+    network, _ = train(parts, dataclasses.replace(CONFIG, augmentation=augmentation), job)
+    weights = [value for value in network.parameters() if value.ndim == 4]
+    assert seen and weights and all(x.is_contiguous(memory_format=torch.channels_last) for x in [*seen, *weights])
+    assert not any(x.is_contiguous() for x in seen)
+
+
+def test_the_network_is_compiled_in_place_where_that_is_asked_for(job, parts, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: compiled.append((module, settings)))
+    plain, _ = train(parts, CONFIG, job)
+    assert not compiled
+    network, _ = train(parts, dataclasses.replace(CONFIG, compile=True), job)
+    assert compiled == [(network, {"dynamic": False})]
+    assert list(network.state_dict()) == list(plain.state_dict())
+
+
 def test_the_average_is_that_of_all_steps(job, parts, monkeypatch):
     from timm.utils import ModelEmaV3
 
@@ -187,6 +248,33 @@ def test_learning_rates_fall_with_the_distance_from_the_heads(optimizer):
         else:
             assert parameter not in rates and not parameter.requires_grad, name
     assert not rates
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("test_resnet", ["conv1|bn1", "layer1", "layer2", "layer3", "layer4"]),
+        (
+            "test_convnext",
+            [
+                "stem",
+                "stages.0",
+                *(f"stages.{stage}.({'downsample|' if block == 0 else ''}blocks.{block})" for stage, block in
+                  ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1))),
+                "head",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_learning_rates_of_convolutional_networks_fall_block_by_block(name, layers):
+    with torch.random.fork_rng():
+        network = ThreeHeadNet(Backbone(name), 3)
+    groups = make_optimizer(network, DetectorConfig(backbone=name, lr=0.1, layer_decay=0.5)).param_groups
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    for own, parameter in network.backbone.body.named_parameters():
+        (layer,) = [number for number, pattern in enumerate(layers) if re.match(rf"({pattern})\.", own)]
+        assert rates.pop(parameter) == pytest.approx(0.1 * 0.5 ** (len(layers) - 1 - layer)), own
+    assert len(rates) == 6 and set(rates.values()) == {0.1}  # weights and biases of the heads
 
 
 def test_fewer_images_than_a_batch(job, parts):
