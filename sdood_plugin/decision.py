@@ -101,6 +101,18 @@ class Detector:
         """
         pixels, names = (images.images, images.names) if isinstance(images, ImageSet) else (images, None)
         features = extract(self.network.backbone, self._checked(pixels), device=self.device, batch_size=batch_size)
+        return self.verdicts_of(features, names)
+
+    def verdicts_of(self, features: torch.Tensor, names: list[str] | None = None) -> Verdicts:
+        """What `verdicts` says, of the network's features float (B, D) on the detector's device.
+
+        Args:
+            features: What `extract` gives of the network's backbone.
+            names: Of the images, for errors.
+
+        Raises:
+            RunError: Features that are not finite; the image is named.
+        """
         _require_finite(features, names)
         distance, votes = self.fitted.terms(features)
         with evaluating(self.network):

@@ -12,11 +12,19 @@ import torch
 from .artifacts import write_csv, write_json, write_tensors
 from .context import Context
 from .data.images import ImageSet
-from .detector.network import load_network
-from .features import evaluating, extract
+from .decision import Detector, Verdicts
+from .features import extract
 from .metrics import auroc_interval, detection_metrics
 
 log = logging.getLogger(__name__)
+PARTS = {  # method -> what of the verdicts it is
+    "sdood": "score",
+    "sdood-distance": "distance",
+    "sdood-vote": "votes",
+    "sdood-g_bin": "g_bin",
+    "sdood-msp": "msp",
+    "sdood-energy": "energy",
+}
 
 
 @dataclass(frozen=True)
@@ -64,37 +72,35 @@ def method_rows(run: Context, tests: TestSets, method: str, scores: list[torch.T
 
 def evaluate(run: Context, folder: Path, key: str) -> None:
     """rows.json and, for each test set, a CSV with every image's terms and scores."""
-    from .scoring.heads import head_scores
-    from .scoring.storage import load_score
-
-    device = run.accelerator.device
-    network = load_network(run.folder / "detector" / "detector.safetensors").to(device)
-    score = load_score(run.folder / "detector", device)
     tests = read_tests(run)
-    names = ("sdood", "sdood-distance", "sdood-vote", "sdood-g_bin", "sdood-msp", "sdood-energy")
-    per_method: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-    rows: list[dict[str, Any]] = []
     if tests is None:
         log.info("evaluate: no OOD test sets (data.ood), nothing to score")
-    else:
-        for name, images in zip(tests.names, tests.sets, strict=True):
-            features = extract(network.backbone, images.images, device=device)
-            with evaluating(network):
-                own = head_scores(network.g_bin(features), network.g_in(features))
-            distance, votes = score.terms(features)
-            total = score.combined(distance, votes)
-            values = (total, distance, votes, *own.values())
-            for method, value in zip(names, values, strict=True):
-                per_method[method].append(value.cpu())
-            called = (total > score.calibration.threshold).float()
-            columns = torch.stack([total, distance, votes, own["g_bin"], called], dim=1).cpu().tolist()
-            if run.is_main:
-                write_csv(
-                    folder / f"scores-{name}.csv",
-                    ("path", "score", "distance", "votes", "g_bin", "called_ood"),
-                    ([path, *(f"{value:.9g}" for value in row)] for path, row in zip(images.names, columns, strict=True)),
-                )
-                write_tensors(folder / f"features-{name}.safetensors", {"features": features.half()})
-        rows = [row for method, scores in per_method.items() for row in method_rows(run, tests, method, scores)]
+    rows = [] if tests is None else _score(run, tests, folder)
     if run.is_main:
         write_json(folder / "rows.json", rows)
+
+
+def _score(run: Context, tests: TestSets, folder: Path) -> list[dict[str, Any]]:
+    """The rows of every method; each test set's scores and features are written."""
+    device = run.accelerator.device
+    detector = Detector.load(run.folder, device)
+    said: list[Verdicts] = []
+    for name, images in zip(tests.names, tests.sets, strict=True):
+        features = extract(detector.network.backbone, images.images, device=device)
+        said.append(detector.verdicts_of(features, images.names))
+        if run.is_main:
+            _write_scores(folder / f"scores-{name}.csv", images, said[-1], detector.threshold)
+            write_tensors(folder / f"features-{name}.safetensors", {"features": features.half()})
+    return [
+        row for method, part in PARTS.items() for row in method_rows(run, tests, method, [getattr(one, part) for one in said])
+    ]
+
+
+def _write_scores(path: Path, images: ImageSet, said: Verdicts, threshold: float) -> None:
+    called = (said.score > threshold).float()
+    columns = torch.stack([said.score, said.distance, said.votes, said.g_bin, called], dim=1).tolist()
+    write_csv(
+        path,
+        ("path", "score", "distance", "votes", "g_bin", "called_ood"),
+        ([name, *(f"{value:.9g}" for value in row)] for name, row in zip(images.names, columns, strict=True)),
+    )

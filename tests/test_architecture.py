@@ -42,7 +42,7 @@ ALLOWED = {
     "generation": COMMON | {"context", "clustering", "diffusion", "detector", "outliers"},
     "shards": COMMON | {"context", "generation", "outliers", "run", "stage_table"},
     "inspection": COMMON | {"context", "generation", "outliers", "report"},
-    "evaluation": COMMON | {"context", "stages", "detector", "scoring", "baselines"},
+    "evaluation": COMMON | {"context", "decision"},
     "comparison": COMMON | {"context", "stages", "clustering", "diffusion", "detector", "outliers", "baselines", "evaluation"},
     "stage_table": COMMON | {"context", "stages", "evaluation", "comparison", "generation", "inspection"},
     "run": COMMON | {"context", "clustering", "stages", "stage_table", "report"},
