@@ -13,6 +13,9 @@ rows are pre-trained: the backbone has seen ImageNet with labels. The methods:
   means of the features of two images of different classes, which no image was generated for.
 - sdood, bank N: both banks reduced to N rows together by k-means.
 
+The heads' training is a short loop of this script (AdamW on fixed features, ID and outliers drawn with replacement, no
+controls), not `train_detector`: the rows say what three heads on given features do, not what the package's training does.
+
 True labels train the heads, mahalanobis and vim (the labelled protocol). Seeds decide which tenth of the training images, with
 the outliers made of them, is held out for alpha and the scale, the mixtures and the heads' first weights. Features of test
 images are read when every seed is fitted.
