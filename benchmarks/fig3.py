@@ -1,7 +1,7 @@
 """Fig. 3: the detector's embedding early and late in its training, by t-SNE.
 
 Early is a detector trained for a tenth of the epochs, with a whole learning-rate schedule of its own. The result holds the
-points; the figure is drawn from it alone.
+points; the figure is drawn from it alone, as that of benchmarks.scoring is.
 
 python -m benchmarks.fig3 --size cpu --seeds 0
 """
@@ -12,13 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch.nn import functional as F
-
 from benchmarks.experiment import TINY, Options, Rows, cells, configuration, data_facts, drawn, read_options
+from benchmarks.scoring import draw_panels, places, some
 from sdood_plugin.artifacts import read_json, read_tensors
 from sdood_plugin.config import RunConfig
-from sdood_plugin.data.images import spread
 from sdood_plugin.run import run
 
 SIZES = {
@@ -26,29 +23,18 @@ SIZES = {
     "cpu": ["demo.yml"],
     "gpu": ["cifar10.yml", "cifar10_resnet18_unlabelled.yml"],
 }
-POINTS = 300  # of each kind
-COLOURS = {"id": "#2b6cb0", "outliers": "#d69e2e"}
 
 
 def embedding(config: RunConfig, options: Options) -> Rows:
-    """A row a kind (ID test, near OOD, outliers): t-SNE coordinates of its features of unit length."""
-    from sklearn.manifold import TSNE
-
+    """A row a kind (ID test, near OOD, outliers): t-SNE coordinates of the features that the run has kept."""
     folder = options.folder(config.seed)
     near = [ood.name for ood in config.data.ood if ood.group == "near"]
     kinds = {
         name: read_tensors(folder / "evaluation" / f"features-{name}.safetensors")["features"].float() for name in ("id", *near)
     }
     kinds["outliers"] = read_tensors(folder / "detector" / "bank.safetensors")["outliers"].float()
-    chosen = {name: F.normalize(values[spread(len(values), min(POINTS, len(values)))], dim=1) for name, values in kinds.items()}
-    count = sum(map(len, chosen.values()))
-    plan = TSNE(random_state=config.seed, perplexity=min(30, count // 4), init="pca")
-    points = torch.from_numpy(plan.fit_transform(torch.cat(list(chosen.values())).numpy()))
-    parts = points.split([len(values) for values in chosen.values()])
-    return [
-        {"kind": name, "points": [[round(float(x), 2) for x in point] for point in part]}
-        for name, part in zip(chosen, parts, strict=True)
-    ]
+    found = places({name: some(values) for name, values in kinds.items()}, config.scoring.normalise)
+    return [{"kind": name, "points": points} for name, points in found.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> Rows:
@@ -72,17 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
 def draw(result: dict[str, Any], options: Options) -> None:
     """figures/NAME.png: early beside late."""
     rows = [row for row in result["rows"] if row["seed"] == result["seeds"][0]]
-    with drawn(options, (8, 4)) as figure:
-        for column, training in enumerate(dict.fromkeys(row["training"] for row in rows)):
-            axes = figure.add_subplot(1, 2, column + 1)
-            for row in rows:
-                if row["training"] == training:
-                    axes.scatter(
-                        *zip(*row["points"], strict=True), s=5, label=row["kind"], color=COLOURS.get(row["kind"], "#c53030")
-                    )
-                    axes.set_title(f"{training}: {row['epochs']} epochs", fontsize=9)
-            axes.set(xticks=[], yticks=[])
-        figure.axes[0].legend(frameon=False, fontsize=8)
+    panels: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        panel = panels.setdefault(row["training"], {"epochs": row["epochs"], "sets": {}})
+        panel["sets"][row["kind"]] = row["points"]
+    with drawn(options, (9, 4.2)) as figure:
+        draw_panels(figure, list(panels.values()))
 
 
 if __name__ == "__main__":

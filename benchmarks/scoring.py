@@ -84,12 +84,16 @@ def early_network(run: Context, epochs: int) -> nn.Module:
         return stages.train_network(again, Path(folder), f"early {epochs}", "early", *made)
 
 
-def places(network: nn.Module, sets: dict[str, torch.Tensor], normalise: bool) -> dict[str, list[list[float]]]:
-    """t-SNE of the features of all sets together: [x, y] of each image by set."""
+def some(rows: torch.Tensor) -> torch.Tensor:
+    """Those that the figure shows."""
+    return rows[spread(len(rows), min(len(rows), POINTS))]
+
+
+def places(features: dict[str, torch.Tensor], normalise: bool) -> dict[str, list[list[float]]]:
+    """t-SNE of the features (N, D) of all sets together, as the score sees them: [x, y] of each image by set."""
     from sklearn.manifold import TSNE
 
-    device = next(network.parameters()).device
-    found = {name: extract(network.backbone, images, device=device).cpu().numpy() for name, images in sets.items()}
+    found = {name: values.cpu().numpy() for name, values in features.items()}
     points = np.concatenate(list(found.values()))
     if normalise:
         points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
@@ -106,10 +110,24 @@ def early_and_late(run: Context, tests: TestSets, epochs: int) -> dict[str, Any]
     outliers = stages.read_outliers(run, "outliers", False)
     if outliers is not None:
         sets["outliers"] = outliers.images
-    sets = {name: images[spread(len(images), min(len(images), POINTS))] for name, images in sets.items()}
     networks = {epochs: early_network(run, epochs), run.config.detector.epochs: Detector.load(run.folder).network}
-    drawn = [{"epochs": done, "sets": places(net, sets, run.config.scoring.normalise)} for done, net in networks.items()]
-    return {"seed": run.config.seed, "panels": drawn}
+    panels = []
+    for done, network in networks.items():
+        device = next(network.parameters()).device
+        features = {name: extract(network.backbone, some(images), device=device) for name, images in sets.items()}
+        panels.append({"epochs": done, "sets": places(features, run.config.scoring.normalise)})
+    return {"seed": run.config.seed, "panels": panels}
+
+
+def draw_panels(figure: Any, panels: list[dict[str, Any]]) -> None:
+    """The places of every set, a panel an age of the detector."""
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        spare = iter(OOD_COLOURS * len(panel["sets"]))
+        for name, points in panel["sets"].items():
+            across, up = zip(*points, strict=True)
+            axes.scatter(across, up, s=6, alpha=0.7, label="ID" if name == "id" else name, color=COLOURS.get(name) or next(spare))
+        axes.set(xticks=[], yticks=[], title=f"after {panel['epochs']} epoch{'s' * (panel['epochs'] > 1)}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False, markerscale=2)
 
 
 def draw(file: Path, figure_file: Path) -> None:
@@ -118,13 +136,7 @@ def draw(file: Path, figure_file: Path) -> None:
 
     panels = read_json(file)["tsne"]["panels"]
     figure = Figure(figsize=(4.5 * len(panels), 4.2))
-    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        spare = iter(OOD_COLOURS * len(panel["sets"]))
-        for name, points in panel["sets"].items():
-            across, up = zip(*points, strict=True)
-            axes.scatter(across, up, s=6, alpha=0.7, label="ID" if name == "id" else name, color=COLOURS.get(name) or next(spare))
-        axes.set(xticks=[], yticks=[], title=f"after {panel['epochs']} epoch{'s' * (panel['epochs'] > 1)}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False, markerscale=2)
+    draw_panels(figure, panels)
     with atomic_path(figure_file) as temporary:
         figure.savefig(temporary, bbox_inches="tight", dpi=130)
 
