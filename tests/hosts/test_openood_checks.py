@@ -191,7 +191,8 @@ def test_a_stock_network_cannot_train_three_heads(data, tmp_path, capsys):
     from openood.networks import ResNet18_32x32
 
     torch.save(ResNet18_32x32(num_classes=3).state_dict(), tmp_path / "stock.ckpt")
-    settings = ["--network.pretrained", "True", "--network.checkpoint", str(tmp_path / "stock.ckpt")]
+    settings = ["--network.backbone", "resnet18_cifar", "--network.pretrained", "True"]
+    settings += ["--network.checkpoint", str(tmp_path / "stock.ckpt")]
     assert "expected a network with three heads" in refused(command(data, tmp_path / "results", *settings), capsys)
     assert "trainer.lambda_out: got -1" in refused(command(data, tmp_path / "results", "--trainer.lambda_out", "-1"), capsys)
     assert not (tmp_path / "results").exists()
