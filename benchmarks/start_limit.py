@@ -2,7 +2,7 @@
 
 python -m benchmarks.start_limit --out runs/start_limit
 The embedded data with its true labels. Each seed has one reference classifier, trained on real images only, and two U-Nets
-with the same first weights and batches. Rows: the noise-prediction loss on held-out images, the mean over ten levels up to S;
+with the same first weights and batches. Rows: the prediction's loss on held-out images, the mean over ten levels up to S;
 and what each U-Net makes of sources with the same noise: flip rate, stay rate and Frechet distance in the classifier's features.
 """
 

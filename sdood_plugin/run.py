@@ -19,7 +19,7 @@ from ._version import __version__
 from .artifacts import changes, file_hash, only_process, provenance, read_json, value_hash, write_json, write_text
 from .backbones import HUB, weights_file
 from .clustering.labels import given_labels
-from .config import RunConfig, as_dict
+from .config import RunConfig, as_dict, key_dict
 from .context import Context
 from .errors import UsageError
 from .features import check_backbone
@@ -70,8 +70,8 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
         chosen: The stages that are to run.
 
     Raises:
-        UsageError: A file that is named is not there, the run folder lies among the images, k exceeds its bank, or a
-            comparator has nothing to train.
+        UsageError: A file that is named is not there, the run folder lies among the images, k exceeds its bank, a comparator
+            has nothing to train, or the diffusion model cannot be trained on such images or by so many processes.
     """
     config, out = context.config, context.folder.resolve()
     for name, file in (
@@ -103,6 +103,8 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
             "compare.methods", "mscl with detector.frozen_blocks all", "blocks to train", "leave it out: it would be dn2"
         )
     _ = context.train_fingerprint, context.test_fingerprint
+    if BY_NAME["train-diffusion"] in chosen or "fake-it" in trained:
+        stages.check_diffusion(context)
     if config.clustering.method == "given":
         context.with_enough_images(given_labels(context.train, config.clustering.labels))
     bank = int((~context.heldout).sum())
@@ -182,7 +184,7 @@ def _key_parts(stage: Stage, context: Context) -> dict[str, Any]:
     parts: dict[str, Any] = {"version": __version__, "seed": config.seed, "train images": context.train_fingerprint}
     for name, value in stage.settings(config).items():
         parts[name] = (
-            as_dict(value)
+            key_dict(value)
             if dataclasses.is_dataclass(value)
             else [as_dict(v) for v in value]
             if isinstance(value, list)

@@ -14,6 +14,7 @@ from .artifacts import write_csv, write_json, write_tensors
 from .context import Context
 from .detector.network import ThreeHeadNet, load_network, save_network
 from .detector.training import Labelled, train_detector
+from .errors import UsageError
 from .features import evaluating, extract
 from .metrics import clustering_metrics
 from .training import place
@@ -63,6 +64,23 @@ def label_quality(run: Context) -> dict[str, float] | None:
     """ACC, NMI and ARI of the pseudo-labels where true labels exist: reported, never used."""
     true = run.train.labels
     return clustering_metrics(run.labels.labels, true) if true is not None and int(true.min()) >= 0 else None
+
+
+def check_diffusion(run: Context) -> None:
+    """Make sure that a diffusion model can be trained on these images by these processes.
+
+    Raises:
+        UsageError: The images' side cannot be halved so often, or the processes' shares of a batch would differ in size.
+    """
+    diffusion, processes = run.config.diffusion, run.accelerator.num_processes
+    diffusion.require_side(run.train.images.shape[-1])
+    if diffusion.batch_size % processes:
+        raise UsageError(
+            "diffusion.batch_size",
+            diffusion.batch_size,
+            f"a multiple of the {processes} processes, whose shares count alike",
+            "change it or the number of processes",
+        )
 
 
 def train_diffusion(run: Context, folder: Path, key: str) -> None:

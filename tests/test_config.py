@@ -81,6 +81,7 @@ BAD = (
         *(("outliers", "start_fraction", value) for value in ([0.0, 0.2], [0.3, 0.2], [0.1, NAN], [0.1], [], [0.1, 0.2, 0.3])),
         *(("outliers", "guidance_weight", value) for value in ([-1.01, 2.0], [2.0, 1.0], [0.0, INF], [1.0])),
         ("outliers", "sources", 0),
+        *(("outliers", "guidance_interval", value) for value in ([0.5, 1.0], [0.2, 1.0], [0.1], [0.3, 0.1], [-0.1, 1.0])),
         *(
             ("detector", name, value)
             for name in ("outlier_ratio", "control_ratio", "lambda_out", "weight_decay")
@@ -121,6 +122,7 @@ GOOD = [
     ("outliers", "start_fraction", [0.1, 0.2]),
     ("outliers", "guidance_weight", [-1.0, 4.0]),
     ("outliers", "sources", 1),
+    ("outliers", "guidance_interval", [0.19, 0.2]),
     ("detector", "outlier_ratio", 0.0),
     ("detector", "lambda_out", 0.0),
     ("scoring", "alpha", 0.0),
@@ -201,6 +203,11 @@ def test_ood_sets_have_different_names():
         ({"checkpoint_seconds": NAN}, "checkpoint_seconds"),
         ({"data": DataConfig(image_size=30)}, "data.image_size: got 30; expected a multiple of 4"),
         ({"outliers": OutliersConfig(start_fraction=0.4)}, "outliers.start_fraction: got 0.4.*max_start_fraction = 0.3"),
+        ({"outliers": OutliersConfig(start_fraction=0.05, sampling_steps=51)}, "outliers.sampling_steps: got 51.*at most 50"),
+        (
+            {"outliers": OutliersConfig(start_fraction=[0.1, 0.2]), "diffusion": DiffusionConfig(timesteps=50)},
+            "sampling_steps: got 6.*at most 5: the steps from S = 0.1 T",
+        ),
         ({"outliers": OutliersConfig(start_fraction=[0.1, 0.4])}, "outliers.start_fraction: got .0.1, 0.4.*max_start_fraction"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,7 +40,8 @@ from sdood_plugin.generation import load_judge
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.plan import describe_plan
 from sdood_plugin.report.page import write_report
-from sdood_plugin.run import run
+from sdood_plugin.run import check_input, is_current, run
+from sdood_plugin.stage_table import chosen_stages
 
 
 def tiny_config(**changes) -> RunConfig:
@@ -217,6 +220,13 @@ def test_a_finished_run_is_skipped_whole(finished):
     before = artefacts(finished)
     assert set(run(tiny_config(), finished).values()) == {"done"}
     assert artefacts(finished) == before
+
+
+def test_switching_compile_makes_nothing_again(finished):
+    config = tiny_config()
+    switched = {name: dataclasses.replace(getattr(config, name), compile=True) for name in ("diffusion", "detector")}
+    found = context.Context(dataclasses.replace(config, **switched), finished)
+    assert [stage.name for stage in chosen_stages(found.config) if not is_current(stage, found)] == []
 
 
 def test_the_plan_says_what_is_done(finished):
@@ -449,6 +459,24 @@ def test_a_folder_of_plain_images_needs_no_labels_and_no_test_sets(tmp_path):
         8,
         pytest.approx(5, abs=4),
     ]
+
+
+def test_a_side_that_the_unet_cannot_halve_is_named_before_anything_is_done(tmp_path):
+    np.savez(tmp_path / "odd.npz", images=np.zeros((40, 9, 9, 3), dtype=np.uint8))
+    config = tiny_config(data=DataConfig(ImagesConfig(str(tmp_path / "odd.npz")), image_size=None, heldout_fraction=0.2))
+    with pytest.raises(UsageError, match="data.image_size: got 9; expected a multiple of 2, for diffusion.size tiny"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    others = context.Context(config, tmp_path / "out")
+    check_input(others, chosen_stages(config, "cluster"))  # which needs no U-Net
+
+
+@pytest.mark.parametrize(("processes", "fits"), [(2, True), (3, False), (16, False)])
+def test_a_batch_is_shared_evenly_or_refused(tmp_path, processes, fits):
+    found = context.Context(tiny_config(), tmp_path)  # batches of 8
+    found.__dict__["accelerator"] = SimpleNamespace(num_processes=processes)
+    with contextlib.nullcontext() if fits else pytest.raises(UsageError, match=f"batch_size: got 8.*the {processes} processes"):
+        check_input(found, chosen_stages(found.config))
 
 
 def test_k_larger_than_the_bank_is_named(tmp_path):

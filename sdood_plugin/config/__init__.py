@@ -9,7 +9,7 @@ from .data import DataConfig, Group, ImagesConfig, OODConfig
 from .detector import DetectorConfig, ScoringConfig
 from .diffusion import DiffusionConfig
 from .outliers import Mode, OutliersConfig
-from .run import RunConfig, as_dict
+from .run import RunConfig, as_dict, key_dict
 from .selection import KINDS, InspectionConfig, Kind, SelectionConfig
 
 __all__ = [
@@ -31,4 +31,5 @@ __all__ = [
     "ScoringConfig",
     "SelectionConfig",
     "as_dict",
+    "key_dict",
 ]

@@ -32,19 +32,20 @@ class DiffusionConfig:
         size: The U-Net: `tiny` (0.07 M parameters, for trying things out), `demo` (1.1 M), `small` (15 M) or `cifar` (36 M:
             the shape of Ho et al. 2020 for CIFAR-10, attention at 16 x 16).
         timesteps: T.
-        schedule: Noise schedule of diffusers: `linear` or `cosine`.
+        schedule: Noise schedule of diffusers: `linear` (its betas times 1000 / T) or `cosine`.
         prediction: What the U-Net predicts: `epsilon` or `v`.
         max_start_fraction: S_max / T: noise levels above it are never trained (1 = all T).
         condition_dropout: p_uncond, how often the class is replaced by the null class.
         steps: Training steps.
         batch_size: Images a step, over all processes.
         lr: Peak learning rate (AdamW, short warm-up, cosine to 0).
-        ema_decay: Decay of the averaged weights that are sampled from.
+        ema_decay: Decay of the averaged weights that are sampled from; after n steps it is (1 + n) / (10 + n) where that is less.
         flips: Mirror images at random.
         gradient_clip: Largest gradient norm.
         min_snr_gamma: Weight the loss of a noise level by min(SNR, gamma) of the clean image's error (Hang et al. 2023,
             who take 5); null weights all levels alike.
-        compile: torch.compile the U-Net for training and sampling: a minute at the start, for long runs.
+        compile: torch.compile the U-Net for training and sampling: a minute at the start, for long runs. Switching it
+            makes nothing again.
     """
 
     size: Literal["tiny", "demo", "small", "cifar"] = "demo"
@@ -80,3 +81,14 @@ class DiffusionConfig:
     def shape(self) -> UNetShape:
         """The U-Net of `size`."""
         return UNET_SHAPES[self.size]
+
+    def require_side(self, side: int) -> None:
+        """Raise UsageError unless images of a side in pixels can be halved from each resolution to the next."""
+        factor = 2 ** (len(self.shape.channels) - 1)
+        require(
+            side % factor == 0,
+            "data.image_size",
+            side,
+            f"a multiple of {factor}, for diffusion.size {self.size}",
+            "resize with --data.image_size or use another --diffusion.size",
+        )

@@ -22,7 +22,7 @@ class OutliersConfig:
 
     Args:
         mode: What guidance points to: `other` (the paper: one wrong class), `away` (from the own class), `blend` (between
-            two wrong classes), `same` (the own class).
+            two wrong classes; with two clusters between the wrong and the own one), `same` (the own class).
         guidance_weight: w, or a range [low, high] it is drawn from for each outlier; diffusers' guidance_scale is 1 + w.
             Unused by `same`.
         guidance_interval: Noise levels at which guidance acts, as fractions of T; w = 0 at the others, which saves one
@@ -34,7 +34,7 @@ class OutliersConfig:
         per_source: Outliers made of each image.
         sources: Use this many images as sources, spread evenly; null for all.
         controls: Make a same-class control of every source too.
-        batch_size: Images denoised at once; the last batch is padded.
+        batch_size: Images denoised at once; a smaller batch is padded, under a range of S to the largest there is.
         format: `png`, or lossless `webp`: a fifth smaller.
     """
 
@@ -72,6 +72,13 @@ class OutliersConfig:
             "outliers.guidance_interval",
             self.guidance_interval,
             "two fractions of T, the lower one first",
+        )
+        require(
+            self.guidance_interval[0] < bounds(self.start_fraction)[0],
+            "outliers.guidance_interval",
+            self.guidance_interval,
+            f"one that begins below the lowest S, {bounds(self.start_fraction)[0]} T",
+            "lower its first number: no noisier step is there to be guided",
         )
         require_positive("outliers", self, "sampling_steps", "per_source", "batch_size")
         require(self.sources is None or self.sources > 0, "outliers.sources", self.sources, "a number above 0, or null for all")

@@ -23,7 +23,8 @@ class RunConfig:
     Args:
         seed: Root seed every other seed is derived from.
         device: `auto` takes a GPU where there is one.
-        precision: `auto` is bf16 on a GPU and float32 on a CPU.
+        precision: Of training and sampling; `auto` is bf16 on a GPU and float32 on a CPU. What is done stays done when it
+            changes, but an outlier set is made in one precision.
         checkpoint_seconds: How often a training writes a checkpoint it can resume from.
         report: Draw figures and write report.html.
         data: The images.
@@ -56,13 +57,8 @@ class RunConfig:
         require_types("{}", self)
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.checkpoint_seconds >= 0, "checkpoint_seconds", self.checkpoint_seconds, "0 (every step) or more")
-        size, factor = self.data.image_size, 2 ** (len(self.diffusion.shape.channels) - 1)
-        require(
-            size is None or size % factor == 0,
-            "data.image_size",
-            size,
-            f"a multiple of {factor}, for diffusion.size {self.diffusion.size}",
-        )
+        if self.data.image_size is not None:
+            self.diffusion.require_side(self.data.image_size)
         require(
             bounds(self.outliers.start_fraction)[1] <= self.diffusion.max_start_fraction,
             "outliers.start_fraction",
@@ -70,8 +66,22 @@ class RunConfig:
             f"at most diffusion.max_start_fraction = {self.diffusion.max_start_fraction}",
             "raise --diffusion.max_start_fraction too: the model never saw more noise than that",
         )
+        most = max(1, round(bounds(self.outliers.start_fraction)[0] * self.diffusion.timesteps))
+        require(
+            self.outliers.sampling_steps <= most,
+            "outliers.sampling_steps",
+            self.outliers.sampling_steps,
+            f"at most {most}: the steps from S = {bounds(self.outliers.start_fraction)[0]} T to 0",
+            "lower it, or raise --outliers.start_fraction",
+        )
 
 
 def as_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested plain values."""
     return dataclasses.asdict(config)
+
+
+def key_dict(stage: Any) -> dict[str, Any]:
+    """A stage's settings as its results are known by: without `compile`, which changes how they round, as a device does."""
+    found = dataclasses.asdict(stage)
+    return {**found, "compile": False} if "compile" in found else found

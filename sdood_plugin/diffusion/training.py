@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -56,6 +58,16 @@ def drop_condition(labels: torch.Tensor, classes: int, probability: float, gener
     return torch.where(dropped, classes, labels)
 
 
+class Average(EMAModel):
+    """diffusers' running average of weights; what a checkpoint says of them comes to the device they are on."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take a state of `state_dict`, whose tensors may be on another device."""
+        device = self.shadow_params[0].device
+        super().load_state_dict(dict(state_dict))
+        self.to(device)
+
+
 def train_diffusion(
     images: torch.Tensor,
     labels: torch.Tensor,
@@ -81,8 +93,8 @@ def train_diffusion(
     accelerator, device = job.accelerator, job.device
     build = partial(build_unet, config, classes=classes, image_size=images.shape[-1])
     unet = place(initialised(build, derive_seed(job.seed, "unet-init")), device, unet_format(device))
-    average = EMAModel(unet.parameters(), decay=config.ema_decay, foreach=True)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=1e-4)
+    average = Average(unet.parameters(), decay=config.ema_decay, foreach=True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=1e-4, fused=device.type == "cuda")
     descent = Descent(unet, optimizer, config.steps, accelerator, gradient_clip=config.gradient_clip)
     pool, pool_labels = images.to(device), labels.to(device)
     abar = alphas_bar(config).float().to(device)
@@ -129,7 +141,7 @@ def loss_by_noise_level(
     levels: int = 10,
     batch_size: int = 256,
 ) -> list[dict[str, float]]:
-    """The noise-prediction loss on given images at `levels` noise levels from 0 to S_max: where the model is still bad.
+    """The squared error of the prediction on given images at `levels` noise levels from 0 to S_max: where the model is still bad.
 
     Args:
         unet: The trained U-Net on `device`.

@@ -10,9 +10,9 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ..artifacts import read_tensors
 from ..config import DiffusionConfig
-from ..errors import UsageError
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+MAX_BETA = 0.999  # as in diffusers' cosine schedule
 ALGORITHMS = {"ddpm": ("sde-dpmsolver++", 1), "ddim": ("dpmsolver++", 1), "dpm": ("dpmsolver++", 2)}
 
 
@@ -22,16 +22,9 @@ def build_unet(config: DiffusionConfig, *, classes: int, image_size: int) -> UNe
     Raises:
         UsageError: The image side cannot be halved as often as there are resolutions.
     """
+    config.require_side(image_size)
     shape = config.shape
-    halvings = len(shape.channels) - 1
-    if image_size % 2**halvings:
-        raise UsageError(
-            "diffusion.size",
-            f"{config.size}, {halvings + 1} resolutions, for {image_size} px",
-            f"a side divisible by {2**halvings}",
-            "use another diffusion.size or data.image_size",
-        )
-    attends = [level == shape.attention for level in range(halvings + 1)]
+    attends = [level == shape.attention for level in range(len(shape.channels))]
     unet: UNet2DModel = UNet2DModel(
         sample_size=image_size,
         in_channels=3,
@@ -60,11 +53,16 @@ def make_scheduler(config: DiffusionConfig, sampler: str = "dpm") -> DPMSolverMu
     """diffusers' scheduler for one of our samplers.
 
     DPM-Solver++ of first order is DDIM, and its stochastic form is ancestral DDPM with the posterior variance (Lu et
-    al. 2022, section 4.1 and appendix); so one scheduler serves all three, and it alone takes custom start steps.
+    al. 2022, section 4.1 and appendix); so one scheduler serves all three.
+    The betas of `linear` are those of Ho et al. (2020) for T = 1000 times 1000 / T (Nichol & Dhariwal 2021, their code), so
+    that x_T is noise for every T; none is above 0.999.
     """
     algorithm, order = ALGORITHMS[sampler]
+    scale = 1000 / config.timesteps
     return DPMSolverMultistepScheduler(
         num_train_timesteps=config.timesteps,
+        beta_start=min(1e-4 * scale, MAX_BETA),
+        beta_end=min(0.02 * scale, MAX_BETA),
         beta_schedule=SCHEDULES[config.schedule],
         prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[config.prediction],
         algorithm_type=algorithm,

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from sdood_plugin.artifacts import write_tensors
-from sdood_plugin.config import DiffusionConfig
+from sdood_plugin.config import DetectorConfig, DiffusionConfig
+from sdood_plugin.data.images import to_unit
+from sdood_plugin.detector.network import ThreeHeadNet
+from sdood_plugin.detector.training import make_optimizer
 from sdood_plugin.diffusion import training
 from sdood_plugin.diffusion.training import (
+    Average,
     add_noise,
     denoising_loss,
     drop_condition,
@@ -20,6 +24,7 @@ from sdood_plugin.diffusion.training import (
 )
 from sdood_plugin.diffusion.unet import alphas_bar, build_unet, load_unet
 from sdood_plugin.errors import UsageError
+from sdood_plugin.features import Backbone
 from sdood_plugin.training import Job
 
 from ..resuming import assert_resumes, assert_same
@@ -50,6 +55,16 @@ def test_cosine_schedule_is_milder():
     )
     torch.testing.assert_close(bar[:990], cosine[:990], rtol=1e-3, atol=1e-6)
     assert (bar[50:900] > linear_bar()[50:900]).all()
+
+
+@pytest.mark.parametrize("timesteps", [10, 50, 100, 4000])
+def test_the_linear_schedule_ends_in_noise_whatever_t_is(timesteps):
+    bar, reference = alphas_bar(DiffusionConfig(timesteps=timesteps)), linear_bar()
+    assert bar.min() > 0 and float((1 - bar[-1]).sqrt()) > 0.9999
+    if timesteps >= 100:  # the same noise at the same fraction of T
+        for fraction in (0.1, 0.2, 0.3, 0.5):
+            found, expected = (float((1 - b[round(fraction * len(b)) - 1]).sqrt()) for b in (bar, reference))
+            assert found == pytest.approx(expected, abs=0.015)
 
 
 def test_noising_is_its_equation(generator):
@@ -103,21 +118,15 @@ def test_noise_levels_above_the_highest_are_never_trained(monkeypatch, tmp_path,
     assert len(found.unique()) == highest
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize("gamma", [None, 5.0])
-def test_the_loss_of_a_step_is_the_weighted_mean_squared_error_of_the_prediction(
-    tmp_path, monkeypatch, accelerator, tiny, pictures, prediction, gamma
-):
-    config = dataclasses.replace(tiny, prediction=prediction, min_snr_gamma=gamma, steps=1)
-    given = {}
-    real = training.add_noise
+def recorded(monkeypatch):
+    """What the last step of a training was given (clean, noise, abar), and of every step the conditions and the predictions."""
+    given, seen = {}, []
+    real, real_unet = training.add_noise, training.build_unet
     monkeypatch.setattr(
         training,
         "add_noise",
         lambda clean, noise, abar: given.update(clean=clean, noise=noise, abar=abar) or real(clean, noise, abar),
     )
-    seen = []
-    real_unet = training.build_unet
 
     def recording(*args, **kwargs):
         unet = real_unet(*args, **kwargs)
@@ -128,6 +137,82 @@ def test_the_loss_of_a_step_is_the_weighted_mean_squared_error_of_the_prediction
         return unet
 
     monkeypatch.setattr(training, "build_unet", recording)
+    return given, seen
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_an_image_is_trained_on_with_its_own_class_or_none_and_mirrored_if_wanted(
+    tmp_path, monkeypatch, accelerator, tiny, pictures, flips
+):
+    given, seen = recorded(monkeypatch)
+    config = dataclasses.replace(tiny, steps=1, batch_size=120, condition_dropout=0.3, flips=flips)
+    train_diffusion(pictures.images, pictures.labels, config, Job(accelerator, tmp_path), classes=3)
+    real = to_unit(pictures.images)
+    dropped = mirrored = 0
+    for clean, condition in zip(given["clean"], seen[0][0].tolist(), strict=True):
+        plain, other = ((real == image).flatten(1).all(dim=1) for image in (clean, clean.flip(2)))
+        assert int((plain | other).sum()) == 1
+        assert condition in (3, int(pictures.labels[plain | other]))
+        dropped, mirrored = dropped + (condition == 3), mirrored + int(other.any())
+    assert 12 <= dropped <= 60  # 36 are expected; five standard deviations are 25
+    assert 32 <= mirrored <= 88 if flips else mirrored == 0
+
+
+def test_the_weights_are_the_running_average_of_steps_with_a_clipped_gradient(tmp_path, monkeypatch, accelerator, tiny, pictures):
+    trail, clips = [], []
+
+    class Recording(training.Descent):
+        def __init__(self, module, *args, **settings):
+            super().__init__(module, *args, **settings)
+            clips.append(settings["gradient_clip"])
+
+        def __call__(self, loss):
+            super().__call__(loss)
+            trail.append([weight.detach().clone() for weight in self._module.parameters()])
+
+    monkeypatch.setattr(training, "Descent", Recording)
+    config = dataclasses.replace(tiny, lr=1e-2, ema_decay=0.2, gradient_clip=0.7)
+    unet, _ = train_diffusion(pictures.images, pictures.labels, config, Job(accelerator, tmp_path), classes=3)
+    average = trail[0]
+    for done, weights in enumerate(trail[1:], 1):
+        decay = min(0.2, (1 + done) / (10 + done))  # 0.18, then the configured one
+        average = [decay * before + (1 - decay) * now for before, now in zip(average, weights, strict=True)]
+    assert len(trail) == config.steps and clips == [0.7]
+    for found, expected in zip(unet.parameters(), average, strict=True):
+        torch.testing.assert_close(found.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+def trained_state(device, kind):
+    """What a checkpoint may hold besides the network, on a device, after a step where there can be one; and its tensors."""
+    with torch.device(device):
+        network = ThreeHeadNet(Backbone("small_cnn"), 3, 8)
+    weights = list(network.parameters())
+    if kind == "average":
+        average = Average(weights, decay=0.9, foreach=True)
+        return average, lambda: average.shadow_params, lambda: average.step(weights)
+    optimizer = make_optimizer(network, DetectorConfig(optimizer=kind))
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    return optimizer, lambda: [v for s in optimizer.state.values() for n, v in s.items() if n != "step"], optimizer.step
+
+
+@pytest.mark.parametrize("kind", ["average", "adamw", "sgd"])
+def test_a_state_that_was_read_to_the_cpu_comes_back_to_its_device(kind):
+    saved, _, step = trained_state("cpu", kind)
+    step()
+    state, tensors, step = trained_state("meta", kind)
+    state.load_state_dict(saved.state_dict())
+    assert tensors() and all(tensor.device.type == "meta" for tensor in tensors())
+    step()  # would not mix devices
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_the_loss_of_a_step_is_the_weighted_mean_squared_error_of_the_prediction(
+    tmp_path, monkeypatch, accelerator, tiny, pictures, prediction, gamma
+):
+    config = dataclasses.replace(tiny, prediction=prediction, min_snr_gamma=gamma, steps=1)
+    given, seen = recorded(monkeypatch)
     _, history = train_diffusion(
         pictures.images,
         pictures.labels,
@@ -282,5 +367,5 @@ def test_every_class_the_null_class_and_the_step_are_heard(tiny, size):
 
 
 def test_refuses_a_side_that_cannot_be_halved(tiny):
-    with pytest.raises(UsageError, match="diffusion.size: got demo, 3 resolutions, for 10 px.*divisible by 4"):
+    with pytest.raises(UsageError, match="data.image_size: got 10; expected a multiple of 4, for diffusion.size demo"):
         build_unet(dataclasses.replace(tiny, size="demo"), classes=3, image_size=10)
