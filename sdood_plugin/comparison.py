@@ -21,17 +21,18 @@ from .baselines.multi_class_ad import fine_tuning
 from .baselines.outlier_exposure import EXPOSED, exposed_scores, outlier_exposure_loss, uniform_noise
 from .baselines.posthoc import POSTHOC, posthoc_scores
 from .clustering.simclr import train_simclr
-from .config import DetectorConfig, InspectionConfig, as_dict
+from .config import DetectorConfig, InspectionConfig, key_dict
 from .context import Context
 from .detector.network import Heads, ThreeHeadNet, load_network, save_network
 from .detector.training import Labelled, Loss, train_detector
+from .diffusion.sampling import as_denoiser
 from .diffusion.training import train_diffusion
 from .evaluation import TestSets, method_rows, read_tests
 from .features import Backbone, evaluating, extract, load_backbone
 from .neighbours import nearest
 from .outliers.fidelity import distances
 from .stages import read_outliers, write_curves
-from .training import Job, place, unet_format
+from .training import Job, place
 
 Scorer = Callable[[list[torch.Tensor]], dict[str, list[torch.Tensor]]]  # sets of uint8 images -> by row, scores of each set
 
@@ -206,7 +207,7 @@ class Comparators:
             return found
         path = self.folder / "pretext" / "pretext.safetensors"
         config = dataclasses.replace(self.run.config.clustering, backbone=self.run.config.detector.backbone)
-        key = self._key(as_dict(config), self.run.train.images)
+        key = self._key(key_dict(config), self.run.train.images)
         if not _is_kept(path, key):
             model, history = train_simclr(self.run.train.images, config, self._job("pretext", key))
             self._keep(path, key, lambda: write_tensors(path, model.state_dict()), history)
@@ -243,25 +244,22 @@ class Comparators:
         path, config = self.folder / "fake-it" / "fakes.safetensors", self.run.config
         diffusion, steps = unconditional(config.diffusion), stop_after(config.diffusion, config.compare)
         images, nothing = self._train.images, torch.zeros(len(self._train.images), dtype=torch.int64)
-        key = self._key({**as_dict(diffusion), "stop after": steps}, images)
+        key = self._key({**key_dict(diffusion), "stop after": steps}, images)
         if _is_kept(path, key):
             return read_tensors(path)["images"]
         unet, history = train_diffusion(
             images, nothing, diffusion, self._job("fake-it-diffusion", key), classes=1, stop_after=steps
         )
         fakes = sample_fakes(
-            self._denoiser(unet), len(images), images.shape[-1], diffusion, seed=self.run.seed("fakes"), device=self.device
+            as_denoiser(unet, self.run.precision),
+            len(images),
+            images.shape[-1],
+            diffusion,
+            seed=self.run.seed("fakes"),
+            device=self.device,
         )
         self._keep(path, key, lambda: self._write_fakes(path, fakes, steps), history)
         return fakes
-
-    def _denoiser(self, unet: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-        def denoise(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-            x = x.to(memory_format=unet_format(x.device))
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-                return unet(x, t, class_labels=condition, return_dict=False)[0]
-
-        return denoise
 
     def _write_fakes(self, path: Path, fakes: torch.Tensor, steps: int) -> None:
         """The fakes and, beside them, how far they and pure noise are from the training images."""
@@ -280,7 +278,7 @@ class Comparators:
         if file := weights_file(weights):
             made_of = file.with_suffix(".key")
             by_content = made_of.read_text() if made_of.exists() else file_hash(file)
-        return {**as_dict(config), "weights": by_content}
+        return {**key_dict(config), "weights": by_content}
 
     def _key(self, settings: dict[str, Any], *tensors: torch.Tensor) -> str:
         """Hash of all that a training depends on."""

@@ -16,7 +16,7 @@ from .data.images import ImageSet
 from .data.sources import load_images
 from .errors import RunError
 from .randomness import derive_seed
-from .training import Job, make_accelerator
+from .training import Job, make_accelerator, resolve_precision
 
 
 @dataclass
@@ -30,6 +30,11 @@ class Context:
     def accelerator(self) -> Any:
         """Device, precision and processes."""
         return make_accelerator(self.config)
+
+    @property
+    def precision(self) -> str:
+        """`float32` or `bf16`: what `auto` is on this device."""
+        return resolve_precision(self.config.precision, self.accelerator.device.type == "cuda")
 
     @cached_property
     def _split(self) -> tuple[ImageSet, ImageSet | None]:

@@ -89,6 +89,7 @@ def recipes(run: Context) -> dict[str, Recipe]:
         file_hash(run.folder / "diffusion" / "unet.safetensors"),
         file_hash(run.folder / "reference" / "reference.safetensors"),
         run.heldout,
+        run.precision,
         _origin(run),
     )
     same = dataclasses.replace(outliers, config=dataclasses.replace(config, mode="same", per_source=1))
@@ -146,8 +147,9 @@ def sample_triplets(run: Context, count: int) -> list[torch.Tensor]:
     controls = dataclasses.replace(outliers, config=dataclasses.replace(outliers.config, mode="same"))
     rows = spread(len(run.train), min(count, len(run.train)))
     parts = in_blocks(torch.stack([rows, torch.zeros_like(rows)], dim=1), outliers.config, outliers.seed)
+    size = max(len(part.jobs) for part in parts)  # one shape for all, as each is compiled for itself
     made = [
-        torch.cat([sample_jobs(recipe, unet, part.jobs, run.accelerator.device) for part in parts])
+        torch.cat([sample_jobs(recipe, unet, part.jobs, run.accelerator.device, size) for part in parts])
         for recipe in (controls, outliers)
     ]
     return [run.train.images[torch.cat([part.jobs[:, 0] for part in parts])], *made]

@@ -127,9 +127,7 @@ def _estimate(context: Context) -> dict[str, float]:
         diffusion_seconds = _per_unit(diffusion, 1, 1 + PROBE_STEPS) * config.diffusion.steps
         steps = config.detector.epochs * max(1, int((~context.heldout).sum()) // config.detector.batch_size)
         detector_seconds = _per_unit(detector, 1, 1 + PROBE_STEPS) * steps
-        unet = train_diffusion(
-            images[:2], labels[:2], dataclasses.replace(config.diffusion, steps=1, batch_size=2), job, classes=classes
-        )[0]
+        unet = train_diffusion(images, labels, dataclasses.replace(config.diffusion, steps=1), job, classes=classes)[0]
     size = min(config.outliers.batch_size, len(images))
     few = dataclasses.replace(config.outliers, sampling_steps=1, start_fraction=bounds(config.outliers.start_fraction)[1])
     device = context.accelerator.device
@@ -138,11 +136,12 @@ def _estimate(context: Context) -> dict[str, float]:
         unet,
         images[:size].to(device),
         labels[:size].to(device),
-        torch.arange(size, device=device),
+        torch.arange(size),
         few,
         config.diffusion,
         classes=classes,
         seed=0,
+        precision=context.precision,
     )
     per_image = (time.perf_counter() - started) / size * config.outliers.sampling_steps
     return {

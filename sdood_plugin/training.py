@@ -63,6 +63,11 @@ class Job:
         return step_generator(self.seed, name, step, self.device)
 
 
+def resolve_precision(precision: str, on_gpu: bool) -> str:
+    """`float32` or `bf16`, which `auto` is on a GPU."""
+    return ("bf16" if on_gpu else "float32") if precision == "auto" else precision
+
+
 def make_accelerator(config: RunConfig) -> Accelerator:
     """The device, precision and processes of a run.
 
@@ -74,7 +79,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device", "cuda", "a CUDA device", "use --device cpu or auto")
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+    bf16 = resolve_precision(config.precision, on_gpu) == "bf16"
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads a loss leaves out get no gradient
     return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[unused])
 

@@ -89,7 +89,7 @@ def room(name):
 def test_the_reader_of_imports_sees_what_is_there():
     # the rules below would hold of an empty list too
     assert len(MODULES) > 35
-    assert imports("diffusion.sampling")[0] == {"config", "diffusion.training", "diffusion.unet"}
+    assert imports("diffusion.sampling")[0] == {"config", "diffusion.training", "diffusion.unet", "training"}
     assert imports("data.sources")[0] == {"config", "errors", "data.demo", "data.images"}
     assert "run" in imports("cli")[0] and "stages" in imports("run")[0]  # imports within functions, and `from . import`
     assert "pytorch_ood" in imports("baselines.posthoc")[1]

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from sdood_plugin.cli import main
 from sdood_plugin.config import OutliersConfig, as_dict
+from sdood_plugin.context import Context
 from sdood_plugin.errors import RunError
+from sdood_plugin.generation import recipes
+from sdood_plugin.outliers import generate
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.run import run
 
@@ -36,13 +41,29 @@ def folder(trained, tmp_path):
     return tmp_path / "run"
 
 
-def test_a_preview_draws_triplets_and_touches_no_set(folder, capsys):
-    assert main(["generate", "--out", str(folder), "--preview", "5"]) == 0
+def test_a_preview_draws_triplets_in_batches_of_one_shape_and_touches_no_set(folder, monkeypatch, capsys):
+    shapes, sample_batch = set(), generate.sample_batch
+
+    def recording(unet, images, *args, **settings):
+        shapes.add(len(images))
+        return sample_batch(unet, images, *args, **settings)
+
+    monkeypatch.setattr(generate, "sample_batch", recording)
+    assert main(["generate", "--out", str(folder), "--preview", "12"]) == 0
+    assert len(shapes) == 1 and 1 < min(shapes) < 8
     assert capsys.readouterr().out.strip().endswith("preview.png")
     with Image.open(folder / "preview.png") as figure:
-        assert figure.size == (5 * 66 + 2, 3 * 66 + 2)
+        assert figure.size == (12 * 66 + 2, 3 * 66 + 2)
     assert not (folder / "outliers").exists() and not (folder / "controls").exists()
     assert main(["generate", "--out", str(folder), "--preview", "0"]) == 2
+
+
+def test_outliers_are_made_in_the_precision_of_the_run(trained):
+    config = dataclasses.replace(tiny_config(), outliers=OUTLIERS)
+    for precision, expected in (("auto", "float32"), ("float32", "float32"), ("bf16", "bf16")):
+        context = Context(dataclasses.replace(config, precision=precision), trained)
+        context.__dict__["accelerator"] = SimpleNamespace(device=torch.device("cpu"))  # accelerate knows one precision a process
+        assert [recipe.precision for recipe in recipes(context).values()] == [expected] * 2
 
 
 def test_the_mode_is_given_by_its_short_name(folder):

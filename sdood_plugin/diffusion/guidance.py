@@ -39,23 +39,25 @@ def guidance_terms(
     """The conditions whose predictions are mixed, and their weights, which sum to 1.
 
     other: (1 + w) eps(c_r) - w eps(null), the paper's; away: (1 + w) eps(null) - w eps(y); blend: (1 + w) times the
-    mean of eps of two classes - w eps(null); same: eps(y), the control. Terms of weight 0 for all images are left out.
+    mean of eps of two wrong classes - w eps(null), for C = 2 of the wrong and the own one; same: eps(y), the control. Terms
+    of weight 0 for all images are left out.
 
     Args:
         mode: One of the four names.
         weight: w >= -1, one for all images or float (B,), one each; diffusers' guidance_scale is 1 + w. At w = -1 `other`
-            and `blend` are unconditional, `away` is at w = 0.
+            and `blend` are unconditional, `away` is at w = 0. It is looked at: on the CPU that waits for no other device.
         labels: int64 (B,) own classes y.
         wrong: int64 (B, 2) of `wrong_classes`.
         classes: C, which is also the index of the null class.
 
     Returns:
-        Conditions int64 (B, M) and weights float32, (M,) for one w and (B, M) for one w each; M from 1 to 3.
+        Conditions int64 (B, M) and weights float32, (M,) for one w and (B, M) for one w each, on the labels' device; M from 1
+        to 3.
 
     Raises:
         UsageError: Unknown mode, or w < -1.
     """
-    w = torch.as_tensor(weight, dtype=torch.float32, device=labels.device)
+    w = torch.as_tensor(weight, dtype=torch.float32)
     if not bool((w >= -1).all()):
         raise UsageError("guidance weight w", float(w.min()), "w >= -1", "raise it")
     null = torch.full_like(labels, classes)
@@ -68,4 +70,5 @@ def guidance_terms(
     if mode not in modes:
         raise UsageError("guidance mode", mode, f"one of {', '.join(modes)}", "check the name")
     terms = [(value, condition) for value, condition in modes[mode] if bool(value.any())]
-    return torch.stack([condition for _, condition in terms], dim=1), torch.stack([value for value, _ in terms], dim=-1)
+    conditions, weights = [condition for _, condition in terms], [value for value, _ in terms]
+    return torch.stack(conditions, dim=1), torch.stack(weights, dim=-1).to(labels.device)

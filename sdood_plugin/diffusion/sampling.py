@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from diffusers import UNet2DModel
 
 from ..config import DiffusionConfig
+from ..training import resolve_precision, unet_format
 from .training import add_noise
 from .unet import alphas_bar, make_scheduler
 
@@ -20,9 +22,23 @@ def start_step(start_fraction: float, timesteps: int) -> int:
 
 
 def visited_steps(start: int, steps: int) -> list[int]:
-    """`steps` training timesteps from `start` downwards, evenly spaced and without repetition; the next would be clean."""
+    """Training timesteps from `start` downwards, evenly spaced and without repetition; the next would be clean.
+
+    There are `steps` of them, or all start + 1 where these are fewer.
+    """
     count = min(steps, start + 1)
     return [round((start + 1) * (count - i) / count) - 1 for i in range(count)]
+
+
+def as_denoiser(unet: UNet2DModel, precision: str) -> Denoiser:
+    """A U-Net as it is sampled from, in `float32`, `bf16` or, by the device, `auto`."""
+
+    def denoiser(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        bf16 = resolve_precision(precision, x.device.type == "cuda") == "bf16"
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return unet(x.to(memory_format=unet_format(x.device)), t, class_labels=condition, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    return denoiser
 
 
 def mix_predictions(
@@ -47,7 +63,7 @@ def is_guided(t: int, timesteps: int, interval: tuple[float, float]) -> bool:
     return interval[0] <= (t + 1) / timesteps <= interval[1]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # under inference_mode no cast weights are kept
 def guided_partial_sample(
     denoiser: Denoiser,
     images: torch.Tensor,  # float (B, 3, H, W) in [-1, 1]
@@ -65,6 +81,7 @@ def guided_partial_sample(
 ) -> torch.Tensor:
     """x_S = sqrt(abar_S) x + sqrt(1 - abar_S) eps, then guided denoising from S to 0 (METHOD section 3).
 
+    All but the denoiser, which has its own precision, computes in float32, and nothing waits for the device.
     Outside of `guidance_interval` the `outside` terms are mixed instead, which at w = 0 are one forward less (Kynkaanniemi
     et al. 2024); they are needed as soon as a visited step lies there.
 
@@ -73,15 +90,17 @@ def guided_partial_sample(
     """
     start = start_step(start_fraction, config.timesteps)
     scheduler = make_scheduler(config, sampler)
-    scheduler.set_timesteps(timesteps=visited_steps(start, steps), device=images.device)
+    visited = visited_steps(start, steps)
+    scheduler.set_timesteps(timesteps=visited)
     x = add_noise(images, noise(1), alphas_bar(config)[start].float())
-    for number, t in enumerate(scheduler.timesteps):
-        if callback is not None:
-            callback(int(t), x)
-        terms = (conditions, weights) if is_guided(int(t), config.timesteps, guidance_interval) else outside
-        if terms is None:
-            raise ValueError(f"step {int(t)} is outside of guidance_interval {guidance_interval} and `outside` is not given")
-        predicted = mix_predictions(denoiser, x, t.expand(len(x)), *terms)
-        own = noise(2 + number) if sampler == "ddpm" else None
-        x = scheduler.step(predicted, t, x, variance_noise=own, return_dict=False)[0]
+    with torch.autocast(images.device.type, enabled=False):  # the outer one: weights that the denoiser's casts are kept
+        for number, t in enumerate(visited):
+            if callback is not None:
+                callback(t, x)
+            terms = (conditions, weights) if is_guided(t, config.timesteps, guidance_interval) else outside
+            if terms is None:
+                raise ValueError(f"step {t} is outside of guidance_interval {guidance_interval} and `outside` is not given")
+            predicted = mix_predictions(denoiser, x, torch.full((len(x),), t, device=x.device), *terms)
+            own = noise(2 + number) if sampler == "ddpm" else None
+            x = scheduler.step(predicted, t, x, variance_noise=own, return_dict=False)[0]
     return x

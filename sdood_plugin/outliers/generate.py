@@ -120,12 +120,13 @@ def _make(
     ):
         for number, there in todo:
             block = recipe.blocks[number]
-            count, jobs = len(block.jobs), _padded(block.jobs, recipe.config.batch_size)
+            count, size = len(block.jobs), recipe.batch_size
             if there:
                 made = read_images(folder, recipe.files(block))
             else:
-                made = sample_jobs(recipe, unet, jobs, accelerator.device)[:count]
-            verdicts = referee(_padded(made, len(jobs)), jobs[:, 0], recipe.labels[jobs[:, 0]])
+                made = sample_jobs(recipe, unet, block.jobs, accelerator.device, size)
+            judged = _padded(block.jobs[:, 0], size)
+            verdicts = referee(_padded(made, size), judged, recipe.labels[judged])
             columns = {**recipe.columns(block), **{column: values[:count] for column, values in verdicts.items()}}
             writer.put(number, columns, made)
             bar.update(count)
@@ -138,22 +139,25 @@ def _described(device: torch.device) -> dict[str, Any]:
     return {"device": device.type, "threads": torch.get_num_threads()}
 
 
-def sample_jobs(recipe: Recipe, unet: UNet2DModel, jobs: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (B, 3, H, W) on the CPU: the outliers of jobs int64 (B, 2) of one S, denoised in one batch."""
-    return sample_batch(
+def sample_jobs(recipe: Recipe, unet: UNet2DModel, jobs: torch.Tensor, device: torch.device, size: int) -> torch.Tensor:
+    """uint8 (B, 3, H, W) on the CPU: the outliers of jobs int64 (B, 2) of one S, denoised in one batch padded to `size`."""
+    padded = _padded(jobs, size)
+    made = sample_batch(
         unet,
-        recipe.sources.images[jobs[:, 0]].to(device),
-        recipe.labels[jobs[:, 0]].to(device),
-        identities(jobs).to(device),
+        recipe.sources.images[padded[:, 0]].to(device),
+        recipe.labels[padded[:, 0]].to(device),
+        identities(padded),
         recipe.config,
         recipe.diffusion,
         classes=recipe.classes,
         seed=recipe.seed,
-    ).cpu()
+        precision=recipe.precision,
+    )
+    return made[: len(jobs)].cpu()
 
 
 def _padded(rows: torch.Tensor, size: int) -> torch.Tensor:
-    """The rows with the last one repeated up to `size`: other shapes may take other kernels, which round differently."""
+    """The rows with the last one repeated up to `size`."""
     return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 

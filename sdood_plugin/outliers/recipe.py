@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..artifacts import value_hash
-from ..config import DiffusionConfig, OutliersConfig
+from ..config import DiffusionConfig, OutliersConfig, key_dict
+from ..config.outliers import bounds
 from ..data.images import ImageSet
 from ..diffusion.guidance import wrong_classes
 from .blocks import Block, blocks, file_name, guidance_weights, identities
@@ -33,6 +34,7 @@ class Recipe:
         unet_sha256: Hash of the diffusion model's weights.
         reference_sha256: Hash of the reference classifier's weights; empty without one.
         heldout: bool (N,): sources that diffusion model and reference classifier were not trained on; None if unknown.
+        precision: What the U-Net computes in, `float32` or `bf16`.
         origin: What else meta.json tells of labels, models and images; no outlier depends on it but through the above.
     """
 
@@ -45,6 +47,7 @@ class Recipe:
     unet_sha256: str
     reference_sha256: str = ""
     heldout: torch.Tensor | None = None
+    precision: str = "float32"
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
@@ -56,12 +59,14 @@ class Recipe:
             "seed": self.seed,
             "image_size": self.sources.images.shape[-1],
             "config": config,
-            "diffusion": dataclasses.asdict(self.diffusion),
+            "diffusion": key_dict(self.diffusion),
             "unet_sha256": self.unet_sha256,
             "sources_sha256": self.sources.fingerprint(),
             "labels_sha256": hashlib.sha256(self.labels.contiguous().numpy().tobytes()).hexdigest(),
             "versions": {name: metadata.version(name) for name in _PACKAGES},
         }
+        if self.precision != "float32":
+            images["precision"] = self.precision
         counts = {"training_images": len(self.sources)}
         if self.heldout is not None:
             counts["heldout_images"] = int(self.heldout.sum())
@@ -81,6 +86,15 @@ class Recipe:
     def blocks(self) -> list[Block]:
         """All blocks, in the order of the manifest."""
         return blocks(len(self.sources), self.config, self.seed)
+
+    @cached_property
+    def batch_size(self) -> int:
+        """What every block is padded to, since other shapes may take other kernels, which round differently.
+
+        Under a range of S a block holds far less than `config.batch_size` where the sources are few.
+        """
+        low, high = bounds(self.config.start_fraction)
+        return self.config.batch_size if low == high else max(len(block.jobs) for block in self.blocks)
 
     def files(self, block: Block) -> list[str]:
         """The block's file names."""

@@ -8,10 +8,9 @@ from diffusers import UNet2DModel
 from ..config import DiffusionConfig, OutliersConfig
 from ..data.images import to_uint8, to_unit
 from ..diffusion.guidance import guidance_terms, wrong_classes
-from ..diffusion.sampling import guided_partial_sample
+from ..diffusion.sampling import as_denoiser, guided_partial_sample
 from ..errors import RunError
 from ..randomness import normal
-from ..training import unet_format
 from .blocks import guidance_weights, start_fractions
 
 
@@ -25,6 +24,7 @@ def sample_batch(
     *,
     classes: int,
     seed: int,
+    precision: str = "auto",
 ) -> torch.Tensor:
     """Outliers of one batch: uint8 (B, 3, H, W) in and out, on the U-Net's device; row b depends on row b only, but for rounding.
 
@@ -32,30 +32,26 @@ def sample_batch(
         unet: The diffusion model.
         images: uint8 (B, 3, H, W) sources.
         labels: int64 (B,) pseudo-labels.
-        identity: int64 (B,) of `identities`, what the noise, the wrong class, S and w are drawn by; one S for all.
+        identity: int64 (B,) of `identities`, what the noise, the wrong class, S and w are drawn by; one S for all. Best on
+            the CPU, where S and w are looked at.
         config: Mode, w, S, sampler, steps.
         diffusion: The model's settings.
         classes: C.
         seed: Seed of the outlier set.
+        precision: Of the U-Net's forward: `float32`, `bf16` or `auto`.
 
     Raises:
         RunError: Pixels that are not finite.
     """
     start = start_fractions(config, seed, identity)
     assert bool((start == start[0]).all()), "a batch is denoised from one S: use the blocks"
-    wrong = wrong_classes(labels, classes, seed=seed, index=identity)
-    terms = guidance_terms(config.mode, guidance_weights(config, seed, identity), labels, wrong, classes)
-
-    def denoiser(x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        x = x.to(memory_format=unet_format(x.device))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            return unet(x, t, class_labels=condition, return_dict=False)[0]
-
+    weights, index = guidance_weights(config, seed, identity), identity.to(labels.device)
+    wrong = wrong_classes(labels, classes, seed=seed, index=index)
     clean = guided_partial_sample(
-        denoiser,
+        as_denoiser(unet, precision),
         to_unit(images),
-        *terms,
-        lambda draw: normal(seed, identity, draw, tuple(images.shape[1:])),
+        *guidance_terms(config.mode, weights, labels, wrong, classes),
+        lambda draw: normal(seed, index, draw, tuple(images.shape[1:])),
         diffusion,
         start_fraction=float(start[0]),
         sampler=config.sampler,

@@ -7,6 +7,7 @@ the probability flow, and DDPM and DDIM can be written out or taken from diffuse
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from diffusers import DDPMScheduler
 
 from sdood_plugin.config import DiffusionConfig
 from sdood_plugin.diffusion.guidance import guidance_terms, wrong_classes
-from sdood_plugin.diffusion.sampling import guided_partial_sample, mix_predictions, start_step, visited_steps
+from sdood_plugin.diffusion.sampling import as_denoiser, guided_partial_sample, mix_predictions, start_step, visited_steps
 from sdood_plugin.diffusion.unet import alphas_bar
 from sdood_plugin.randomness import normal
 
@@ -358,6 +359,89 @@ def test_global_randomness_is_left_alone():
     for sampler in ("ddpm", "ddim", "dpm"):
         sample(LINEAR, 2, images, labels[:, None], torch.ones(1), start_fraction=0.2, sampler=sampler, steps=3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("weight", [2.0, torch.tensor([2.0, 0.0, 1.0])], ids=["one", "each"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_waits_for_the_device(monkeypatch, mode, weight, sampler):
+    monkeypatch.setattr(torch, "autocast", lambda *_args, **_settings: contextlib.nullcontext())  # which `meta` has not
+    # tensors on `meta` have no values: whoever looks at one, for which a GPU would have to be waited for, fails
+    with torch.device("meta"):
+        images, labels, index = torch.empty(3, 3, 8, 8), torch.empty(3, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
+        wrong = wrong_classes(labels, 3, seed=0, index=index)
+    made = guided_partial_sample(
+        lambda x, t, condition: x * (t + condition)[:, None, None, None],
+        images,
+        *guidance_terms(mode, weight, labels, wrong, 3),
+        lambda draw: normal(0, index, draw, (3, 8, 8)),
+        LINEAR,
+        start_fraction=0.3,
+        sampler=sampler,
+        steps=4,
+        guidance_interval=INTERVAL,
+        outside=guidance_terms(mode, 0.0, labels, wrong, 3),
+    )
+    assert made.is_meta and made.shape == (3, 3, 8, 8)
+
+
+class OneConvolution(torch.nn.Module):
+    """Stands in for a U-Net; tells what it computed in."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.types = torch.nn.Conv2d(3, 3, 1), []
+
+    def forward(self, x, t, class_labels, return_dict):
+        made = self.convolution(x)
+        self.types.append(made.dtype)
+        return (made,)
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", torch.float32), ("float32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_a_denoiser_has_its_precision_and_the_rest_is_float32(precision, expected):
+    images, _ = sources(4, 2)
+    network, made = OneConvolution(), []
+    noise = normal(1, torch.arange(4), 1, (3, SIDE, SIDE))
+    for caller in (False, True):  # whatever the caller has
+        with torch.autocast("cpu", torch.bfloat16, enabled=caller):
+            made.append(
+                guided_partial_sample(
+                    as_denoiser(network, precision),
+                    images,
+                    torch.zeros(4, 2).long(),
+                    torch.tensor([1.7, -0.7]),
+                    lambda _: noise,
+                    LINEAR,
+                    start_fraction=0.3,
+                    steps=3,
+                )
+            )
+    assert network.types == [expected] * 6
+    assert made[0].dtype == torch.float32 and torch.equal(made[0], made[1])
+
+
+def test_weights_are_cast_once_a_batch():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    network, casts = OneConvolution(), []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0].shape == network.convolution.weight.shape:
+                casts.append(func)
+            return func(*args, **(kwargs or {}))
+
+    images, _ = sources(4, 2)
+    noise = normal(1, torch.arange(4), 1, (3, SIDE, SIDE))
+    settings = {"start_fraction": 0.3, "steps": 6}
+    with Counting():
+        guided_partial_sample(
+            as_denoiser(network, "bf16"), images, torch.zeros(4, 1).long(), torch.ones(1), lambda _: noise, LINEAR, **settings
+        )
+    assert len(network.types) == 6 and len(casts) == 1
 
 
 def test_mixing_is_the_weighted_sum_of_separate_forwards(generator):

@@ -376,6 +376,33 @@ def test_every_batch_has_the_same_shape(tmp_path, unet, tiny, pictures, accelera
     assert shapes == {(8, 3, 8, 8)} and judged == {(4, 3, 8, 8)}  # two conditions of four images
 
 
+def test_under_a_range_of_s_a_batch_is_padded_to_the_largest(tmp_path, unet, tiny, pictures, accelerator):
+    shapes = set()
+
+    def recording(x, *args, **kwargs):
+        shapes.add(len(x))
+        return unet(x, *args, **kwargs)
+
+    config = dataclasses.replace(RANGES, guidance_weight=2.0, batch_size=1024)
+    recipe = a_recipe(pictures, tiny, config)
+    largest = max(len(block.jobs) for block in recipe.blocks)
+    write(tmp_path, recording, recipe, accelerator)
+    assert shapes == {2 * largest} and 1 < largest < 12
+    assert a_recipe(pictures, tiny, dataclasses.replace(RANGES, batch_size=1)).batch_size == 1
+    assert a_recipe(pictures, tiny, dataclasses.replace(CONFIG, batch_size=1024)).batch_size == 1024
+
+
+def test_a_set_is_made_in_one_precision(tmp_path, unet, tiny, pictures, accelerator, reference):
+    folder, single = copied(reference, tmp_path), a_recipe(pictures, tiny, reference="a judge")
+    assert "precision" not in single.meta  # sets made before it was recorded keep their key
+    half = dataclasses.replace(single, precision="bf16")
+    assert half.key != single.key and half.meta["precision"] == "bf16"
+    (folder / file_name(0, 0)).unlink()
+    mended = write(folder, unet, half, accelerator, judge=judge)
+    assert mended == write(tmp_path / "fresh", unet, half, accelerator, judge=judge)
+    assert all(mended[name] != data for name, data in reference[1].items() if name.startswith("images/"))
+
+
 def test_another_recipe_starts_over(tmp_path, unet, tiny, pictures, accelerator, caplog):
     write(tmp_path, unet, a_recipe(pictures, tiny, unet_sha256="old"), accelerator)
     other = a_recipe(pictures, tiny, dataclasses.replace(CONFIG, mode="away", sources=4))
@@ -393,9 +420,10 @@ def test_another_recipe_starts_over(tmp_path, unet, tiny, pictures, accelerator,
     assert made == write(tmp_path.with_name("fresh"), unet, other, accelerator)
 
 
-def test_whether_controls_are_wanted_changes_no_outlier(pictures, tiny):
+def test_whether_controls_are_wanted_or_the_unet_is_compiled_makes_no_other_set(pictures, tiny):
     wanted, unwanted = (a_recipe(pictures, tiny, dataclasses.replace(CONFIG, controls=value)) for value in (True, False))
     assert wanted.key == unwanted.key != a_recipe(pictures, tiny, WEBP).key
+    assert a_recipe(pictures, dataclasses.replace(tiny, compile=True)).key == wanted.key
 
 
 def test_more_copies_keep_the_first_ones(tmp_path, unet, tiny, pictures, accelerator, reference):
