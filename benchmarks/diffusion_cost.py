@@ -30,7 +30,7 @@ from sdood_plugin.diffusion.unet import build_unet
 from sdood_plugin.outliers.generate import generate
 from sdood_plugin.outliers.recipe import Recipe
 from sdood_plugin.outliers.sample import sample_batch
-from sdood_plugin.training import Job, make_accelerator, place, unet_format
+from sdood_plugin.training import Job, make_accelerator, place, resolve_precision, unet_format
 
 CLASSES, PARTS, SIZES = 10, ["training", "sampling", "processes"], ["demo", "small", "cifar"]
 BF16_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165}  # dense, by the makers' data sheets
@@ -124,7 +124,8 @@ def make_set(count: int, batch_size: int, folder: Path) -> None:
     images = pictures(count, 32)
     accelerator.wait_for_everyone()
     begin = time.perf_counter()
-    recipe = Recipe(images, images.labels, CLASSES, outliers, diffusion, seed=0, unet_sha256="random weights")
+    precision = resolve_precision("auto", accelerator.device.type == "cuda")
+    recipe = Recipe(images, images.labels, CLASSES, outliers, diffusion, 0, "random weights", precision=precision)
     generate(recipe, unet, folder / "outliers", accelerator=accelerator)
     if accelerator.is_main_process:
         (folder / "seconds").write_text(str(time.perf_counter() - begin))
