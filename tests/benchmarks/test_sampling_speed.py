@@ -18,7 +18,7 @@ from sdood_plugin.run import run
 
 from ..test_run import tiny_config
 
-OURS = ["--ours", "dpm", "2", "0", "1", "1,3", "--ours", "dpm", "2", "0.1", "1", "3"]
+OURS = ["--ours", "dpm", "2", "0", "1", "1,3", "--ours", "dpm", "2", "0.01", "1", "3"]
 
 
 @pytest.fixture(scope="module")
