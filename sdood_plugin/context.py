@@ -131,7 +131,7 @@ class Context:
         clustering = self.config.clustering
         if clustering.method == "given" or clustering.backbone != self.config.detector.backbone:
             return None
-        if clustering.weights is None or clustering.finetune_epochs > 0:
+        if clustering.leaves_backbone:
             return str(self.folder / "clustering" / "backbone.safetensors")
         return clustering.weights
 

@@ -24,7 +24,7 @@ from .outliers.generate import generate as make
 from .outliers.generate import sample_jobs
 from .outliers.merge import check_shards
 from .outliers.recipe import Recipe
-from .outliers.storage import remove_set
+from .outliers.storage import META, STATE, remove_set, set_key
 from .outliers.verdicts import Judge
 from .training import place, unet_format
 
@@ -56,7 +56,8 @@ def make_sets(run: Context, into: Path, *, shard: tuple[int, int] | None = None,
         shard: (i, n): only the i-th of n parts.
         shards: Folders written by all n shards, to be put together.
     """
-    unet, judge, found = load_sampler(run), load_judge(run), recipes(run)
+    unet, judge = load_sampler(run), load_judge(run)
+    found = {name: as_begun(recipe, run, [folder / name for folder in (into, *shards)]) for name, recipe in recipes(run).items()}
     if run.is_main and shards:
         for name, recipe in found.items():  # all of them before a set is touched
             check_shards([other / name for other in shards], recipe)
@@ -74,6 +75,13 @@ def make_sets(run: Context, into: Path, *, shard: tuple[int, int] | None = None,
             controls=into / "controls" if name == "outliers" and "controls" in found else None,
             name=name,
         )
+
+
+def as_begun(recipe: Recipe, run: Context, folders: Sequence[Path]) -> Recipe:
+    """The recipe; where precision is `auto`, in the one that folders which hold a part of its set were begun in."""
+    other = dataclasses.replace(recipe, precision="bf16" if recipe.precision == "float32" else "float32")
+    keys = {set_key(folder / name) for folder in folders for name in (META, STATE)}
+    return other if run.config.precision == "auto" and other.key in keys and recipe.key not in keys else recipe
 
 
 def recipes(run: Context) -> dict[str, Recipe]:

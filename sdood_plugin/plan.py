@@ -44,7 +44,7 @@ def describe_plan(config: RunConfig, folder: Path, only: str | None = None) -> s
     done = {stage.name for stage in chosen if is_current(stage, context)}
     lines = []
     for stage in chosen:
-        outputs = ", ".join(str(folder / path) for path in stage.outputs)
+        outputs = ", ".join(str(folder / path) for path in stage.writes(config))
         cost = "done" if stage.name in done else _duration(seconds[stage.name]) if stage.name in seconds else "short"
         lines.append(f"{stage.name:17s} {cost:>10s}   -> {outputs}")
     total = sum(seconds.get(stage.name, 0) for stage in chosen if stage.name not in done)

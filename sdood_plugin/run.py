@@ -103,7 +103,8 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
             "compare.methods", "mscl with detector.frozen_blocks all", "blocks to train", "leave it out: it would be dn2"
         )
     _ = context.train_fingerprint, context.test_fingerprint
-    if BY_NAME["train-diffusion"] in chosen or "fake-it" in trained:
+    to_train = {"train-diffusion": BY_NAME["train-diffusion"] in chosen, "train-comparators": "fake-it" in trained}
+    if any(wanted and not is_current(BY_NAME[name], context) for name, wanted in to_train.items()):
         stages.check_diffusion(context)
     if config.clustering.method == "given":
         context.with_enough_images(given_labels(context.train, config.clustering.labels))
@@ -214,9 +215,7 @@ def _run_stage(stage: Stage, context: Context, *, asked: bool) -> str:
     key = value_hash(parts)
     record_path = _record_path(context.folder, stage.name)
     record = read_json(record_path) if record_path.exists() else None
-    outputs = [context.folder / output for output in stage.outputs]
-    if stage.name == "generate" and not context.config.outliers.controls:
-        outputs = outputs[:1]
+    outputs = [context.folder / output for output in stage.writes(context.config)]
     context.accelerator.wait_for_everyone()  # every process has read the record before one may remove it
     done = record is not None and record["key"] == key and not _lost(record, context.folder)
     if done and (not asked or stage.whole(context)):

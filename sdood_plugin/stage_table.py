@@ -23,6 +23,7 @@ class Stage:
         needs: Stages whose artefacts it reads.
         make: Does the work.
         outputs: Files and folders that must exist for it to count as done.
+        also: Those that must under a configuration.
         sees_tests: Whether it reads the test images.
         keeps: Whether it decides itself what of an earlier configuration's files can stay.
         wanted: Whether a configuration has any use of it.
@@ -37,8 +38,13 @@ class Stage:
     outputs: tuple[str, ...]
     sees_tests: bool = False
     keeps: bool = False
+    also: Callable[[RunConfig], tuple[str, ...]] = lambda _config: ()
     wanted: Callable[[RunConfig], bool] = lambda _config: True
     whole: Callable[[Context], bool] = lambda _run: True
+
+    def writes(self, config: RunConfig) -> tuple[str, ...]:
+        """What must exist for it to count as done under a configuration."""
+        return self.outputs + self.also(config)
 
     def needed(self, config: RunConfig) -> list[Stage]:
         """The stages it reads artefacts of under a configuration."""
@@ -46,7 +52,15 @@ class Stage:
 
 
 STAGES = (
-    Stage("cluster", "clustering", lambda c: {"clustering": c.clustering}, (), stages.cluster, ("labels.csv",)),
+    Stage(
+        "cluster",
+        "clustering",
+        lambda c: {"clustering": c.clustering},
+        (),
+        stages.cluster,
+        ("labels.csv",),
+        also=lambda c: ("clustering/backbone.safetensors",) if c.clustering.leaves_backbone else (),
+    ),
     Stage(
         "train-reference",
         "reference",
@@ -72,8 +86,9 @@ STAGES = (
         lambda c: {"outliers": c.outliers},
         ("cluster", "train-reference", "train-diffusion"),
         generation.generate,
-        ("outliers", "controls"),
+        ("outliers",),
         keeps=True,
+        also=lambda c: ("controls",) if c.outliers.controls else (),
         whole=generation.whole,
     ),
     Stage(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .artifacts import write_csv, write_json, write_tensors
+from .artifacts import write_csv, write_json, write_tensors, write_text
 from .context import Context
 from .detector.network import ThreeHeadNet, load_network, save_network
 from .detector.training import Labelled, train_detector
@@ -41,8 +41,9 @@ def cluster(run: Context, folder: Path, key: str) -> None:
         return
     write_labels(run.folder / "labels.csv", run.train, labels.labels, labels.confidence)
     write_imglist(folder / "imglist.txt", run.train, labels.labels)
-    if backbone is not None and (config.weights is None or config.finetune_epochs > 0):
+    if backbone is not None and config.leaves_backbone:
         write_tensors(folder / "backbone.safetensors", backbone.state_dict())
+        write_text(folder / "backbone.key", key)  # what it was made of, for those who start from it
     for name, history in curves.items():
         write_curves(folder / f"{name}.csv", history)
     examples = example_rows(labels)

@@ -81,7 +81,7 @@ BAD = (
         *(("outliers", "start_fraction", value) for value in ([0.0, 0.2], [0.3, 0.2], [0.1, NAN], [0.1], [], [0.1, 0.2, 0.3])),
         *(("outliers", "guidance_weight", value) for value in ([-1.01, 2.0], [2.0, 1.0], [0.0, INF], [1.0])),
         ("outliers", "sources", 0),
-        *(("outliers", "guidance_interval", value) for value in ([0.5, 1.0], [0.2, 1.0], [0.1], [0.3, 0.1], [-0.1, 1.0])),
+        *(("outliers", "guidance_interval", value) for value in ([0.5, 1.0], [0.21, 1.0], [0.1], [0.3, 0.1], [-0.1, 1.0])),
         *(
             ("detector", name, value)
             for name in ("outlier_ratio", "control_ratio", "lambda_out", "weight_decay")

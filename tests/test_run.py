@@ -105,7 +105,7 @@ def test_the_meta_of_a_run_tells_where_labels_and_models_come_from(finished):
     meta = json.loads((finished / "outliers" / "meta.json").read_text())
     assert (meta["data"], meta["label_source"], meta["label_weights"]) == ("demo", "kmeans", "random")
     assert (meta["reference_backbone"], meta["reference_weights"], meta["training_images"]) == ("small_cnn", "clustering", 90)
-    assert "trained on training images only, from the clustering's weights" in (finished / "outliers" / "README.md").read_text()
+    assert "trained on training images, from the clustering's weights" in (finished / "outliers" / "README.md").read_text()
 
 
 def test_networks_start_from_the_weights_of_the_clustering_unless_told_otherwise(finished, tmp_path):
@@ -477,6 +477,22 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path, processes, fits):
     found.__dict__["accelerator"] = SimpleNamespace(num_processes=processes)
     with contextlib.nullcontext() if fits else pytest.raises(UsageError, match=f"batch_size: got 8.*the {processes} processes"):
         check_input(found, chosen_stages(found.config))
+
+
+def test_a_finished_model_need_not_be_shared_by_the_processes_that_sample(finished):
+    found = context.Context(tiny_config(), finished)  # batches of 8
+    found.__dict__["accelerator"] = SimpleNamespace(num_processes=3)
+    check_input(found, chosen_stages(found.config, "generate"))
+
+
+def test_the_clustering_makes_its_weights_again_when_they_are_gone(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    weights = tmp_path / "run" / "clustering" / "backbone.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    done = run(tiny_config(), tmp_path / "run", "train-detector")
+    assert done["cluster"] == "ran" and set(done.values()) == {"ran", "done"} and done["train-detector"] == "done"
+    assert weights.read_bytes() == before
 
 
 def test_k_larger_than_the_bank_is_named(tmp_path):

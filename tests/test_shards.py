@@ -11,11 +11,12 @@ import torch
 import yaml
 from PIL import Image
 
+from sdood_plugin.artifacts import write_json
 from sdood_plugin.cli import main
 from sdood_plugin.config import OutliersConfig, as_dict
 from sdood_plugin.context import Context
 from sdood_plugin.errors import RunError
-from sdood_plugin.generation import recipes
+from sdood_plugin.generation import as_begun, recipes
 from sdood_plugin.outliers import generate
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.run import run
@@ -64,6 +65,21 @@ def test_outliers_are_made_in_the_precision_of_the_run(trained):
         context = Context(dataclasses.replace(config, precision=precision), trained)
         context.__dict__["accelerator"] = SimpleNamespace(device=torch.device("cpu"))  # accelerate knows one precision a process
         assert [recipe.precision for recipe in recipes(context).values()] == [expected] * 2
+
+
+def test_a_set_is_finished_in_the_precision_it_was_begun_in(trained, tmp_path):
+    config = dataclasses.replace(tiny_config(), outliers=OUTLIERS)
+    for precision, expected in (("auto", "bf16"), ("float32", "float32")):
+        context = Context(dataclasses.replace(config, precision=precision), trained)
+        context.__dict__["accelerator"] = SimpleNamespace(device=torch.device("cpu"))
+        recipe = recipes(context)["outliers"]
+        assert as_begun(recipe, context, [tmp_path / "no set"]) is recipe
+        for name in ("meta.json", "in-progress.json"):
+            begun = tmp_path / precision / name
+            write_json(begun / name, {**dataclasses.replace(recipe, precision="bf16").meta, "manifest_sha256": "0" * 64})
+            assert as_begun(recipe, context, [tmp_path / "no set", begun]).precision == expected
+            write_json(begun / name, {**recipe.meta, "manifest_sha256": "0" * 64})
+            assert as_begun(recipe, context, [begun]).precision == "float32"
 
 
 def test_the_mode_is_given_by_its_short_name(folder):

@@ -64,6 +64,11 @@ class ClusteringConfig:
     self_label_epochs: int = 0
     self_label_threshold: float = 0.99
 
+    @property
+    def leaves_backbone(self) -> bool:
+        """Whether it ends with weights of its own, which no file had before."""
+        return self.method != "given" and (self.weights is None or self.finetune_epochs > 0)
+
     def __post_init__(self) -> None:
         require_types("clustering.{}", self)
         require(

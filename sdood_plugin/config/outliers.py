@@ -74,10 +74,10 @@ class OutliersConfig:
             "two fractions of T, the lower one first",
         )
         require(
-            self.guidance_interval[0] < bounds(self.start_fraction)[0],
+            self.mode == "same" or self.guidance_interval[0] <= bounds(self.start_fraction)[0],
             "outliers.guidance_interval",
             self.guidance_interval,
-            f"one that begins below the lowest S, {bounds(self.start_fraction)[0]} T",
+            f"one that begins at the lowest S or below, {bounds(self.start_fraction)[0]} T",
             "lower its first number: no noisier step is there to be guided",
         )
         require_positive("outliers", self, "sampling_steps", "per_source", "batch_size")

@@ -143,7 +143,7 @@ def _trained_from(weights: str | None) -> str:
     if weights == "random":
         return "trained on training images only"
     if weights == "clustering":
-        return "trained on training images only, from the clustering's weights"
+        return "trained on training images, from the clustering's weights"
     return f"fine-tuned on training images from pre-trained weights {'of timm' if weights == 'hub' else f'`{weights[:12]}`'}"
 
 
@@ -173,8 +173,9 @@ def _heldout(meta: dict[str, Any]) -> str:
         return "Which sources were held out of the training of the models was not recorded."
     return (
         f"{meta['heldout_images']:,} of the {meta['training_images']:,} training images were held out when diffusion model and\n"
-        "reference classifier were trained, and are among the sources all the same (column `heldout`). The protocol: train a\n"
-        "detector on the outliers of the others, calibrate it on those of held-out sources."
+        "reference classifier were trained (a clustering sees all, without labels), and are among the sources all the same\n"
+        "(column `heldout`). The protocol: train a detector on the outliers of the others, calibrate it on those of held-out\n"
+        "sources."
     )
 
 

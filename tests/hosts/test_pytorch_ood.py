@@ -238,6 +238,15 @@ def test_grid_search_of_an_unfitted_detector_fits_it():
     assert not len(detector.score_.outliers)  # the host drops targets < 0 before fitting, as the class says
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    x, y = blobs()
+    detector = SDOOD(None, k_distance=np.int64(3)).fit_features(x, y)
+    detector.set_hyperparameters(k_vote=np.int64(7), alpha=np.float32(0.5), normalise=np.bool_(True))
+    plain = SDOOD(None, k_distance=3, k_vote=7, alpha=0.5, normalise=True).fit_features(x, y)
+    assert torch.equal(detector.predict_features(x), plain.predict_features(x))
+    detector.save(tmp_path)
+
+
 def test_a_value_that_fails_changes_nothing(tmp_path):
     x, y = blobs()
     detector = SDOOD(None).fit_features(x, y)

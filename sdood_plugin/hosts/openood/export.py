@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ...artifacts import write_text
+from ...backbones import HUB, weights_file
 from ...config import DetectorConfig, RunConfig
 from ...context import Context
 from ...data.images import ImageSet, save_png
@@ -82,9 +83,11 @@ def _notes(context: Context) -> list[str]:
             "the run's classes are pseudo-labels, those of its test images are not known and test.txt says 0 throughout: "
             "test accuracy and the column ACC mean nothing"
         )
-    own, usual = context.detector, DetectorConfig()
-    names = ("weights", "input_size", "pooling", "frozen_blocks")
+    own, usual, file = context.detector, DetectorConfig(), weights_file(context.detector.weights)
+    names = ("input_size", "pooling", "frozen_blocks")
     changed = [f"{name} {getattr(own, name)}" for name in names if getattr(own, name) != getattr(usual, name)]
+    if file or own.weights == HUB:
+        changed.insert(0, f"the weights {file.name if file else 'of timm'} to start from")
     if changed:
         notes.append(
             f"`three heads` trains {own.backbone} from random weights; the run's detector had {', '.join(changed)}, "

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_ood.api import DetectorInfo, FeaturesDetector, ModelNotSetException, RequiresFittingException, Task
 from pytorch_ood.utils import is_known
@@ -324,5 +325,7 @@ class SDOOD(FeaturesDetector):
                     f"lower {name} or fit on more samples",
                 )
         kept, kept_outliers, heldout, heldout_outliers = parts
-        config = ScoringConfig(k_distance=self.k_distance, k_vote=self.k_vote, normalise=self.normalise, alpha=self.alpha)
+        values = {name: getattr(self, name) for name in ("k_distance", "k_vote", "normalise", "alpha")}
+        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+        config = ScoringConfig(**plain)  # a search over numpy's ranges gives its numbers
         return fit_score(kept, kept_outliers, heldout, heldout_outliers, config)
