@@ -40,9 +40,21 @@ def inspect(run: Context, folder: Path, key: str) -> None:
     for name, made in sets.items():
         quality[name]["source_accuracy"] = 100.0 * float(right[made.sources].double().mean())
     if run.is_main:
+        warn_of_controls(quality.get("controls"))
         write_json(folder / "quality.json", quality)
         _write_triplets(run, folder / "triplets.safetensors", sets, seen)
         _write_grids(folder, sets["outliers"])
+
+
+def warn_of_controls(quality: dict[str, Any] | None) -> None:
+    """Log it where controls, which mean what their sources mean, are rarely seen so: outliers made like them show little."""
+    if quality is not None and 2 * quality["stay_rate"] < quality["source_accuracy"]:
+        log.warning(
+            "only %.0f %% of the same-class controls are seen as their class (%.0f %% of their sources): the diffusion model is "
+            "not good enough for this S; raise --diffusion.steps or lower --outliers.start_fraction",
+            quality["stay_rate"],
+            quality["source_accuracy"],
+        )
 
 
 def inspect_folder(config: RunConfig, made: Path, out: Path) -> Path:

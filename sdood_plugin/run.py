@@ -18,7 +18,6 @@ from . import stages
 from ._version import __version__
 from .artifacts import changes, file_hash, only_process, provenance, read_json, value_hash, write_json, write_text
 from .backbones import HUB, weights_file
-from .clustering.labels import given_labels
 from .config import RunConfig, as_dict, key_dict
 from .context import Context
 from .errors import UsageError
@@ -50,6 +49,8 @@ def run(config: RunConfig, folder: Path, only: str | None = None) -> dict[str, s
     check_input(context, chosen)
     with locked(folder, context.is_main):
         if context.is_main:
+            where = "the embedded demo data" if config.data.train.path == "demo" else config.data.train.path
+            log.info("training images: %d of %s", len(context.train), where)
             _describe(config, folder)
         context.accelerator.wait_for_everyone()
         outcome = {stage.name: _run_stage(stage, context, asked=stage.name == only) for stage in chosen}
@@ -71,7 +72,9 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
 
     Raises:
         UsageError: A file that is named is not there, the run folder lies among the images, k exceeds its bank, a comparator
-            has nothing to train, or the diffusion model cannot be trained on such images or by so many processes.
+            has nothing to train or nothing to be compared on, or the diffusion model cannot be trained on such images or
+            by so many processes.
+        RunError: The images are too few to be clustered, or those of a class.
     """
     config, out = context.config, context.folder.resolve()
     for name, file in (
@@ -102,12 +105,13 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
         raise UsageError(
             "compare.methods", "mscl with detector.frozen_blocks all", "blocks to train", "leave it out: it would be dn2"
         )
+    if BY_NAME["compare"] in chosen and not config.data.ood:
+        raise UsageError("data.ood", "none", "OOD test sets to compare on", "give --data.ood, or leave `compare` out")
     _ = context.train_fingerprint, context.test_fingerprint
     to_train = {"train-diffusion": BY_NAME["train-diffusion"] in chosen, "train-comparators": "fake-it" in trained}
     if any(wanted and not is_current(BY_NAME[name], context) for name, wanted in to_train.items()):
         stages.check_diffusion(context)
-    if config.clustering.method == "given":
-        context.with_enough_images(given_labels(context.train, config.clustering.labels))
+    stages.check_clustering(context)
     bank = int((~context.heldout).sum())
     both = bank * (1 + config.outliers.per_source)  # `outliers.sources` may leave fewer; the score itself checks that
     votes = config.detector.outlier_ratio > 0

@@ -51,6 +51,11 @@ class Stage:
         return [BY_NAME[name] for name in self.needs if BY_NAME[name].wanted(config)]
 
 
+def _has_tests(config: RunConfig) -> bool:
+    """Whether there are OOD test sets, which comparators are compared on."""
+    return bool(config.data.ood)
+
+
 STAGES = (
     Stage(
         "cluster",
@@ -130,6 +135,7 @@ STAGES = (
         comparison.train_comparators,
         ("comparators",),
         keeps=True,
+        wanted=_has_tests,
     ),
     Stage(
         "train-exposed",
@@ -144,7 +150,7 @@ STAGES = (
         comparison.train_exposed,
         ("exposed",),
         keeps=True,
-        wanted=lambda c: any(method in comparison.EXPOSED for method in c.compare.methods),
+        wanted=lambda c: _has_tests(c) and any(method in comparison.EXPOSED for method in c.compare.methods),
     ),
     Stage(
         "evaluate",
@@ -168,6 +174,7 @@ STAGES = (
         comparison.compare,
         ("comparison",),
         True,
+        wanted=_has_tests,
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

@@ -67,6 +67,22 @@ def label_quality(run: Context) -> dict[str, float] | None:
     return clustering_metrics(run.labels.labels, true) if true is not None and int(true.min()) >= 0 else None
 
 
+def check_clustering(run: Context) -> None:
+    """Make sure that the training images can be clustered, or that their given labels will do.
+
+    Raises:
+        RunError: They are too few, or a class is.
+    """
+    from .clustering.cluster import check_count
+    from .clustering.labels import given_labels
+
+    config = run.config.clustering
+    if config.method == "given":
+        run.with_enough_images(given_labels(run.train, config.labels))
+    else:
+        check_count(run.train, config)
+
+
 def check_diffusion(run: Context) -> None:
     """Make sure that a diffusion model can be trained on these images by these processes.
 

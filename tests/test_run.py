@@ -37,6 +37,7 @@ from sdood_plugin.config import (
 )
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.generation import load_judge
+from sdood_plugin.inspection import warn_of_controls
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.plan import describe_plan
 from sdood_plugin.report.page import write_report
@@ -521,3 +522,29 @@ def test_global_random_state_is_left_alone(tmp_path):
     torch.manual_seed(5)
     run(tiny_config(), tmp_path / "seeds", only="train-diffusion")
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_controls_that_lose_their_class_are_told(caplog):
+    for quality in (None, {"stay_rate": 50.0, "source_accuracy": 90.0}):
+        warn_of_controls(quality)
+    assert not caplog.records
+    warn_of_controls({"stay_rate": 12.7, "source_accuracy": 84.7})
+    assert "only 13 % of the same-class controls are seen as their class (85 % of their sources)" in caplog.text
+
+
+def test_images_too_few_to_cluster_are_refused_before_anything_is_written(tmp_path):
+    config = tiny_config(clustering=ClusteringConfig(method="kmeans", clusters=10, augmentation="digits"))
+    for attempt in (lambda: run(config, tmp_path / "run"), lambda: describe_plan(config, tmp_path / "run")):
+        with pytest.raises(RunError, match="got 90 for 10 clusters; expected at least 100"):
+            attempt()
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_ood_sets_no_comparator_is_trained(tmp_path):
+    config = tiny_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, ood=[]))
+    names = {stage.name for stage in chosen_stages(config)}
+    assert "evaluate" in names and not names & {"train-comparators", "train-exposed", "compare"}
+    with pytest.raises(UsageError, match=r"data.ood: got none; expected OOD test sets"):
+        run(config, tmp_path / "run", "compare")
+    assert not (tmp_path / "run").exists()

@@ -49,7 +49,7 @@ def cluster_images(
     """
     if config.method == "given":
         return Clustering(given_labels(images, config.labels), None, {}, [])
-    _check_count(images, config)
+    check_count(images, config)
     curves: dict[str, dict[str, list[float]]] = {}
     if config.weights is not None:
         backbone = place(load_backbone(config.backbone, config.weights), job.device)
@@ -70,7 +70,12 @@ def cluster_images(
     return Clustering(PseudoLabels(labels, confidence, config.clusters), backbone, curves, notes)
 
 
-def _check_count(images: ImageSet, config: ClusteringConfig) -> None:
+def check_count(images: ImageSet, config: ClusteringConfig) -> None:
+    """Make sure that there are images enough to be clustered.
+
+    Raises:
+        RunError: There are not.
+    """
     if len(images) < MIN_IMAGES_PER_CLUSTER * config.clusters:
         raise RunError(
             "training images",
