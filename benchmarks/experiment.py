@@ -22,6 +22,7 @@ from sdood_plugin.comparison import Comparators
 from sdood_plugin.config import ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
 from sdood_plugin.run import locked, run
+from sdood_plugin.stage_table import BY_NAME
 
 ROOT = Path(__file__).parent.parent
 Rows = list[dict[str, Any]]
@@ -87,7 +88,9 @@ def read_options(
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder laid out like OpenOOD's data")
     parser.add_argument("--suffix", default="", help="ends the names of run folders and of the result file")
-    parser.add_argument("--until", help="stop each run after this stage, for short slots (table1, table1_openood)")
+    parser.add_argument(
+        "--until", choices=list(BY_NAME), help="stop each run after this stage, for short slots (table1, table1_openood)"
+    )
     parser.add_argument("--method", help="train this one comparator and stop (table1, table1_openood)")
     parser.add_argument("--start-from", help="begin with a copy of the run folders of this result, e.g. table1-gpu-resnet18")
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -13,6 +13,7 @@ from .errors import RunError, UsageError
 
 HUB = "hub"  # in place of a file of weights: timm's own pre-trained ones
 RANDOM = "random"  # in place of a file of weights
+OWN = ("small_cnn", "resnet18_cifar")  # the names that are not timm's
 _CLASSIFIERS = ("head.", "head_dist.", "fc.", "classifier.")  # what timm calls the layers that `num_classes=0` leaves out
 
 
@@ -47,6 +48,20 @@ def weights_file(weights: str | Path | None) -> Path | None:
     return None if weights in (None, HUB, RANDOM) else Path(str(weights))
 
 
+def require_hub_weights(name: str) -> None:
+    """Make sure that timm has weights for a network; nothing is downloaded.
+
+    Raises:
+        UsageError: It has none.
+    """
+    import timm
+
+    if name in OWN or (timm.is_model(name) and not timm.models.is_model_pretrained(name)):
+        raise UsageError(
+            "weights", HUB, f"a safetensors file for {name}", "give one, or the name of a timm model that has weights"
+        )
+
+
 def make_body(name: str, pretrained: bool = False) -> tuple[nn.Module, int | None, tuple[float, ...], tuple[float, ...]]:
     """A network without a classifier, its input side (None: any), and the mean and deviation its images want.
 
@@ -54,9 +69,9 @@ def make_body(name: str, pretrained: bool = False) -> tuple[nn.Module, int | Non
         UsageError: timm knows no model of that name, or has no weights for it.
         RunError: The weights could not be had.
     """
-    if name in ("small_cnn", "resnet18_cifar"):
-        if pretrained:
-            raise UsageError("weights", HUB, f"a safetensors file for {name}", "give one, or the name of a timm model")
+    if pretrained:
+        require_hub_weights(name)
+    if name in OWN:
         return SmallCNN() if name == "small_cnn" else _resnet18_cifar(), None, (0.5,) * 3, (0.5,) * 3
     return _timm(name, pretrained)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .artifacts import read_tensors
-from .backbones import HUB, fitting_weights, is_plain_vit, make_body, set_pooling, weights_file
+from .backbones import HUB, fitting_weights, is_plain_vit, make_body, require_hub_weights, set_pooling, weights_file
 from .data.images import to_unit
 from .errors import UsageError
 
@@ -168,6 +168,8 @@ def check_backbone(
     """
     with torch.device("meta"), torch.no_grad():
         backbone = Backbone(name, pooling=pooling)
+        if weights == HUB:
+            require_hub_weights(name)
         if file := weights_file(weights):
             fitting_weights(read_tensors(file), backbone.body, name, weights)
         if input_size is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from sdood_plugin.artifacts import read_json, read_tensors
+from sdood_plugin.artifacts import read_json, read_tensors, write_tensors
 from sdood_plugin.cli import expand_shortcuts, main
 from sdood_plugin.comparison import Comparators
 from sdood_plugin.config import ClusteringConfig, CompareConfig, DetectorConfig
@@ -100,6 +101,18 @@ def test_training_the_comparators_reads_no_test_image(tmp_path, monkeypatch):
     assert run(config, tmp_path / "run", "train-comparators")["train-comparators"] == "ran"
     with pytest.raises(AssertionError, match="test images"):
         run(config, tmp_path / "run", "compare")
+
+
+def test_weights_that_a_handover_rounds_are_the_same_start(compared, tmp_path):
+    config, folder = compared
+    shutil.copytree(folder, tmp_path / "run")
+    comparators = Comparators(Context(config, tmp_path / "run"), tmp_path / "run" / "comparators")
+    weights = Path(comparators._pretrained)
+    before = comparators._settings(config.detector, comparators._pretrained)
+    write_tensors(weights, {name: value.bfloat16().to(value.dtype) for name, value in read_tensors(weights).items()})
+    assert comparators._settings(config.detector, comparators._pretrained) == before
+    weights.with_suffix(".key").unlink()
+    assert comparators._settings(config.detector, comparators._pretrained) != before  # a file without one is what it holds
 
 
 def test_mscl_on_a_frozen_backbone_is_refused_before_anything_is_trained(tmp_path):

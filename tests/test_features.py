@@ -158,6 +158,15 @@ def test_an_input_size_the_model_cannot_take_is_refused(name, side, reason):
         check_backbone(name, input_size=side)
 
 
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18_cifar", "vit_gigantic_patch14_224"])
+def test_a_network_that_timm_has_no_weights_for_is_refused_before_a_run(name):
+    for attempt in (check_backbone, load_backbone):
+        if attempt is check_backbone or name == "small_cnn":  # nothing so large is built, nor anything downloaded
+            with pytest.raises(UsageError, match=f"weights: got hub; expected a safetensors file for {name}"):
+                attempt(name, "hub")
+    check_backbone("test_vit", "hub")
+
+
 def test_weights_of_the_own_size_are_taken_to_another_one(tmp_path, pictures):
     with torch.random.fork_rng():
         model = Backbone("test_vit")

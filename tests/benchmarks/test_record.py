@@ -105,3 +105,9 @@ def test_the_demo_goes_on_counting_seconds_where_its_runs_are_there(tmp_path, mo
     assert spent == [0.0, 7.0, 0.0]
     assert read_json(tmp_path / "benchmarks" / "results" / "demo-given.json")["note"] == "said"
     assert read_json(tmp_path / "benchmarks" / "results" / "demo-given.json")["fakes"] == [{"seed": 0, "steps": 175}]
+
+
+def test_a_stage_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        read_options("table1", "", ["--size", "tiny", "--until", "clusters"])
+    assert "invalid choice: 'clusters'" in capsys.readouterr().err

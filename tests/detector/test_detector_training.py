@@ -148,8 +148,11 @@ def test_outputs_of_frozen_blocks_are_computed_once_and_change_nothing(job, part
 
 
 def test_augmented_images_are_not_cached(job, parts, monkeypatch):
-    monkeypatch.setattr("sdood_plugin.detector.training.frozen_outputs", lambda *_, **__: pytest.fail("cached"))
-    train(parts, dataclasses.replace(CONFIG, frozen_blocks="all", augmentation="digits"), job)
+    cached = []
+    monkeypatch.setattr("sdood_plugin.detector.training.frozen_outputs", lambda *_, **__: cached.append(1))
+    for augmentation, times in (("digits", 0), ("none", 1)):
+        train(parts, dataclasses.replace(CONFIG, frozen_blocks="all", augmentation=augmentation), job)
+        assert len(cached) == times
 
 
 def test_frozen_outputs_that_float16_cannot_hold_are_named_before_the_first_step(job, parts, monkeypatch):

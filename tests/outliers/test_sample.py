@@ -26,7 +26,7 @@ def make(unet, tiny, pictures, rows, config=CONFIG):
     return sample_batch(unet, pictures.images[rows], pictures.labels[rows], rows, config, tiny, classes=3, seed=9)
 
 
-def nearly_equal(made, expected):
+def assert_nearly_equal(made, expected):
     """Within one grey level, in at most 0.1 % of the values: what rounding in another place or batch may do."""
     difference = (made.int() - expected.int()).abs()
     assert difference.max() <= 1 and (difference > 0).double().mean() <= 0.001
@@ -38,13 +38,13 @@ def test_a_row_depends_neither_on_its_place_nor_on_its_companions(unet, tiny, pi
     rows = [[0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [0, 11, 10, 9, 8], [7, 7, 7, 7, 0], [1, 1, 2, 3, 4]]
     alone = {row: make(unet, tiny, pictures, [row], config)[0] for row in range(12)}
     made = torch.cat([make(unet, tiny, pictures, chosen, config) for chosen in rows])
-    nearly_equal(made, torch.stack([alone[row] for chosen in rows for row in chosen]))
+    assert_nearly_equal(made, torch.stack([alone[row] for chosen in rows for row in chosen]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_another_batch_size_changes_next_to_nothing(unet, tiny, pictures, batch_size):
     parts = [make(unet, tiny, pictures, list(range(start, min(start + batch_size, 12)))) for start in range(0, 12, batch_size)]
-    nearly_equal(torch.cat(parts), make(unet, tiny, pictures, range(12)))
+    assert_nearly_equal(torch.cat(parts), make(unet, tiny, pictures, range(12)))
 
 
 def test_the_images_are_outliers_of_the_sampler(unet, tiny, pictures):
@@ -62,7 +62,7 @@ def test_the_images_are_outliers_of_the_sampler(unet, tiny, pictures):
         steps=3,
     )
     made = make(unet, tiny, pictures, range(5))
-    nearly_equal(made, to_uint8(expected))
+    assert_nearly_equal(made, to_uint8(expected))
     assert (made != pictures.images[:5]).float().mean() > 0.5
 
 
@@ -109,7 +109,7 @@ def test_drawn_weights_are_those_of_the_sampler(unet, tiny, pictures):
             start_fraction=float(starts[0]),
             steps=2,
         )
-        nearly_equal(made[one], to_uint8(expected))
+        assert_nearly_equal(made[one], to_uint8(expected))
 
 
 def test_the_precision_is_the_one_that_is_asked_for(unet, tiny, pictures):
