@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -219,7 +220,8 @@ def _dispatch(command: str, chosen: Namespace) -> int:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("sdood_plugin").setLevel(logging.INFO)
+    speaks = os.environ.get("RANK", "0") == "0"  # of a launcher's processes, one
+    logging.getLogger("sdood_plugin").setLevel(logging.INFO if speaks else logging.WARNING)
     if command in FOLDER_COMMANDS:
         print(_on_folders(command, chosen))
         return 0
@@ -250,7 +252,8 @@ def _dispatch(command: str, chosen: Namespace) -> int:
     from .summary import summarise
 
     run(config, folder, LAST_STAGE.get(command, command))
-    print(summarise(folder))
+    if speaks:
+        print(summarise(folder))
     return 0
 
 

@@ -7,6 +7,7 @@ import sys
 import torch
 from torch import nn
 
+from sdood_plugin.__main__ import leave
 from sdood_plugin.clustering.processes import extract_all, mine_neighbours, whole_batch
 from sdood_plugin.clustering.simclr import nt_xent
 from sdood_plugin.config import RunConfig
@@ -41,4 +42,4 @@ if __name__ == "__main__":
     found = find(accelerator)
     if accelerator.is_main_process:
         torch.save(found, sys.argv[1])
-    torch.distributed.destroy_process_group()
+    leave(0)
