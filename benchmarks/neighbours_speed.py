@@ -31,6 +31,7 @@ from sdood_plugin.scoring.score import distance_and_votes
 
 K_DISTANCE, K_VOTE = 2, 5
 SPREAD = {"clustered": 0.4, "collapsed": 0.0316}  # cosine within a class: 0.86 and 0.999
+KINDS = {"gaussian": "gaussian", **{kind: kind for kind in SPREAD}, "collapsed, far queries": "gaussian"}  # and of the queries
 TIE = 1e-5  # squared distances of unit rows that float32 sums of products may take for equal, with room
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # (queries, k) -> squared distances, rows
 
@@ -49,11 +50,12 @@ def arguments() -> argparse.Namespace:
 
 
 def features(kind: str, count: int, width: int, generator: torch.Generator) -> torch.Tensor:
-    """float32 (count, width) unit rows: `gaussian`, distances concentrated, or ten classes (SPREAD)."""
+    """float32 (count, width) unit rows: `gaussian`, distances concentrated, or ten classes (SPREAD), as of a trained network."""
     rows = torch.randn(count, width, generator=generator)
-    if kind in SPREAD:
+    spread = SPREAD.get(kind.split(",")[0])
+    if spread is not None:
         means = torch.randn(10, width, generator=torch.Generator().manual_seed(1))
-        rows = means[torch.randint(10, (count,), generator=generator)] + SPREAD[kind] * rows
+        rows = means[torch.randint(10, (count,), generator=generator)] + spread * rows
     return torch.nn.functional.normalize(rows, dim=1)
 
 
@@ -144,7 +146,7 @@ def ours(bank: torch.Tensor, queries: torch.Tensor, repeats: int) -> dict[str, t
 def case(kind: str, queries: int, rows: int, width: int, settings: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of one bank."""
     generator = torch.Generator().manual_seed(0)
-    bank, asked = (features(kind, count, width, generator) for count in (rows, queries))
+    bank, asked = (features(*drawn, width, generator) for drawn in ((kind, rows), (KINDS[kind], queries)))
     images, device = rows // 2, torch.device(settings.device)
     on_device, asked_there = bank.to(device), asked.to(device)
     own = ours(on_device, asked_there, settings.repeats)
@@ -187,10 +189,10 @@ def main() -> None:
     """Run and write, after each bank."""
     settings = arguments()
     torch.set_num_threads(settings.threads)
-    cases = [(kind, settings.queries, 50_000, 512) for kind in ("gaussian", *SPREAD)]
+    cases = [(kind, settings.queries, 50_000, 512) for kind in KINDS]
     cases += [("clustered", settings.large_queries, 1_000_000, 384)] if settings.large_queries else []
     if settings.tiny:
-        cases = [(kind, 200, 4_000, 64) for kind in ("gaussian", *SPREAD)]
+        cases = [(kind, 200, 4_000, 64) for kind in KINDS]
     records: list[dict[str, Any]] = []
     with threadpool_limits(settings.threads):
         import faiss

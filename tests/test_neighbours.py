@@ -9,16 +9,19 @@ import torch
 from torch.nn import functional as F
 
 from sdood_plugin.errors import UsageError
-from sdood_plugin.neighbours import Bank, bank, candidates, nearest
+from sdood_plugin.neighbours import Bank, bank, candidates, cells, flat, nearest
 
 needs_faiss = pytest.mark.skipif(find_spec("faiss") is None, reason="faiss is not installed")
 
 
-@pytest.fixture(params=["bfloat16", "float32", pytest.param("faiss", marks=needs_faiss)], autouse=True)
+@pytest.fixture(params=["bfloat16", "float32", pytest.param("faiss", marks=needs_faiss), "cells"], autouse=True)
 def way(request, monkeypatch):
-    """Every test here takes each way once: candidates of bfloat16 and of float32 products, and of faiss."""
-    monkeypatch.setattr(bank, "multiplies_bfloat16", lambda device: request.param == "bfloat16")
-    monkeypatch.setattr(bank, "_MANY", 1 if request.param == "faiss" else 10**9)
+    """Every test here takes each way once: candidates of bfloat16 and of float32 products, and of faiss; a search by cells."""
+    monkeypatch.setattr(flat, "multiplies_bfloat16", lambda device: request.param == "bfloat16")
+    monkeypatch.setattr(flat, "_MANY", 1 if request.param == "faiss" else 10**9)
+    if request.param == "cells":
+        for name, value in (("_FEWEST", 4), ("_CELLS", 4), ("_WORTH", 1.0)):
+            monkeypatch.setattr(cells, name, value)
     return request.param
 
 
@@ -113,7 +116,7 @@ def test_refuses_features_of_another_width(generator):
 def test_block_sizes_and_numbers_of_candidates_change_nothing(generator, monkeypatch, block, group, spare):
     monkeypatch.setattr(candidates, "BLOCK", block)
     monkeypatch.setattr(candidates, "GROUP", group)
-    monkeypatch.setattr(bank, "_SPARE", spare)
+    monkeypatch.setattr(flat, "_SPARE", spare)
     features, queries = torch.randn(101, 6, generator=generator), torch.randn(9, 6, generator=generator)
     features[50:60] = features[:10]
     distances, rows = nearest(queries, features, 4)
@@ -160,7 +163,8 @@ def test_the_error_of_candidates_is_within_its_bound(generator, way, spread):
     if way == "faiss":
         finder = candidates.FaissFinder(features)
     else:
-        finder = candidates.ProductFinder(lambda start, stop: features[start:stop], 700, getattr(torch, way))
+        precision = torch.bfloat16 if way == "bfloat16" else torch.float32
+        finder = candidates.ProductFinder(lambda start, stop: features[start:stop], 700, precision)
     found = finder(queries, 700)
     assert torch.equal(found.rows.sort(dim=1).values, torch.arange(700).expand(40, 700))
     true = (queries.double()[:, None] - features[found.rows]).square().sum(dim=2)
@@ -174,7 +178,7 @@ def test_the_error_of_candidates_is_within_its_bound(generator, way, spread):
 
 def test_tight_clusters_are_told_apart_by_products_in_float64(generator, monkeypatch):
     # within a class the squared distances differ by less than float32 sums of unit rows may be off by
-    monkeypatch.setattr(Bank, "_by_definition", lambda *_: pytest.fail("without a product"))
+    monkeypatch.setattr(flat.FlatBank, "_by_definition", lambda *_: pytest.fail("without a product"))
     means = F.normalize(torch.randn(3, 64, generator=generator), dim=1).repeat(300, 1)
     features = F.normalize(means + 1e-3 * torch.randn(900, 64, generator=generator), dim=1)
     distances, rows = Bank(features).nearest(features[:40], 3)
@@ -185,8 +189,8 @@ def test_tight_clusters_are_told_apart_by_products_in_float64(generator, monkeyp
 
 def test_a_query_that_candidates_do_not_settle_is_searched_by_the_definition(generator, monkeypatch):
     asked = []
-    original = Bank._by_definition
-    monkeypatch.setattr(Bank, "_by_definition", lambda self, q, *rest: asked.append(len(q)) or original(self, q, *rest))
+    original = flat.FlatBank._by_definition
+    monkeypatch.setattr(flat.FlatBank, "_by_definition", lambda self, q, *rest: asked.append(len(q)) or original(self, q, *rest))
     features = torch.randn(900, 8, generator=generator)
     nearest(features[:50], features, 3)
     assert not asked
@@ -284,7 +288,7 @@ def test_a_query_is_settled_when_no_other_row_can_be_nearer(last, relative, sett
     # the best is truly at 1.1 at most, and what looks like 1.2 may truly be at 1.1; 5 % each way make that 1.155 and 1.318
     values = torch.tensor([[1.0, 1.05, 1.15, last]])
     found = candidates.Candidates(values, torch.tensor([[4, 9, 2, 7]]), torch.tensor([0.1]), relative)
-    rows, done = Bank(torch.zeros(20, 2))._settled(found, 1)
+    rows, done = flat.FlatBank(torch.zeros(20, 2), "torch")._settled(found, 1)
     assert done.tolist() == [settled]
     assert not settled or rows.tolist() == [[4, 9, 2]]
 
