@@ -1,4 +1,4 @@
-"""Quality of outliers over S, w and the four modes on real images; figures of triplets and of the loss by noise level.
+"""Quality of outliers over S, w and four modes on real images; figures of triplets and of the loss by noise level.
 
 python -m benchmarks.outlier_quality --images data/benchmark_imglist/cifar10/train_cifar10.txt --root data/images_classic \\
     --inception weights-inception-2015-12-05-6726825d.pth --count 10000 --config configs/cifar10.yml        # one GPU

@@ -79,7 +79,7 @@ def build_parser() -> ArgumentParser:
                     "--quality", action="store_true", help="FID, KID, precision and recall: --inspection.features inception"
                 )
             if name == "generate":
-                command.add_argument("--mode", type=str, help="other, same, away or blend: --outliers.mode")
+                command.add_argument("--mode", type=str, help="other, same, away, blend or blend-own: --outliers.mode")
                 command.add_argument("--preview", type=int, help="only draw this many triplets, as preview.png of the run folder")
                 command.add_argument("--shard", type=str, help="i/n: only make the i-th of n parts, below RUN/shards")
                 command.add_argument("--merge", action="store_true", help="put the shards below RUN/shards together")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from .check import require, require_positive, require_types
 
-Mode = Literal["other", "same", "away", "blend"]
+Mode = Literal["other", "same", "away", "blend", "blend-own"]
 
 
 def bounds(value: float | list[float]) -> tuple[float, float]:
@@ -22,7 +22,8 @@ class OutliersConfig:
 
     Args:
         mode: What guidance points to: `other` (the paper: one wrong class), `away` (from the own class), `blend` (between
-            two wrong classes; with two clusters between the wrong and the own one), `same` (the own class).
+            two wrong classes; with two clusters between the wrong and the own one), `blend-own` (between the own class and a
+            wrong one), `same` (the own class).
         guidance_weight: w, or a range [low, high] it is drawn from for each outlier; diffusers' guidance_scale is 1 + w.
             Unused by `same`.
         guidance_interval: Noise levels at which guidance acts, as fractions of T; w = 0 at the others, which saves one

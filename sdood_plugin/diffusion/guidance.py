@@ -39,13 +39,13 @@ def guidance_terms(
     """The conditions whose predictions are mixed, and their weights, which sum to 1.
 
     other: (1 + w) eps(c_r) - w eps(null), the paper's; away: (1 + w) eps(null) - w eps(y); blend: (1 + w) times the
-    mean of eps of two wrong classes - w eps(null), for C = 2 of the wrong and the own one; same: eps(y), the control. Terms
-    of weight 0 for all images are left out.
+    mean of eps of two wrong classes - w eps(null), for C = 2 of the wrong and the own one; blend-own: so of a wrong and the
+    own one for every C; same: eps(y), the control. Terms of weight 0 for all images are left out.
 
     Args:
-        mode: One of the four names.
+        mode: One of the five names.
         weight: w >= -1, one for all images or float (B,), one each; diffusers' guidance_scale is 1 + w. At w = -1 `other`
-            and `blend` are unconditional, `away` is at w = 0. It is looked at: on the CPU that waits for no other device.
+            and the blends are unconditional, `away` is at w = 0. It is looked at: on the CPU that waits for no other device.
         labels: int64 (B,) own classes y.
         wrong: int64 (B, 2) of `wrong_classes`.
         classes: C, which is also the index of the null class.
@@ -65,6 +65,7 @@ def guidance_terms(
         "other": [(1 + w, wrong[:, 0]), (-w, null)],
         "away": [(1 + w, null), (-w, labels)],
         "blend": [((1 + w) / 2, wrong[:, 0]), ((1 + w) / 2, wrong[:, 1]), (-w, null)],
+        "blend-own": [((1 + w) / 2, wrong[:, 0]), ((1 + w) / 2, labels), (-w, null)],
         "same": [(torch.ones_like(w), labels)],
     }
     if mode not in modes:

@@ -67,6 +67,7 @@ _GUIDED = {
     "other": "towards one wrong class, drawn at random",
     "away": "away from the source's own class",
     "blend": "between two wrong classes, drawn at random",
+    "blend-own": "between the source's own class and a wrong one, drawn at random",
     "same": "towards the source's own class",
 }
 

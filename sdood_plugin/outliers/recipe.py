@@ -135,4 +135,5 @@ def _targets(mode: str, own: torch.Tensor, wrong: torch.Tensor) -> tuple[list[An
         return empty, empty
     if mode == "same":
         return own.tolist(), empty
-    return wrong[:, 0].tolist(), wrong[:, 1].tolist() if mode == "blend" else empty
+    second = {"blend": wrong[:, 1].tolist(), "blend-own": own.tolist()}
+    return wrong[:, 0].tolist(), second.get(mode, empty)

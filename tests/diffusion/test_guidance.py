@@ -10,7 +10,7 @@ from sdood_plugin.diffusion.guidance import guidance_terms, wrong_classes
 from sdood_plugin.errors import UsageError
 
 WEIGHTS = [-1.0, -0.5, 0.0, 1.0, 2.0, 3.5]
-MODES = ["other", "away", "blend", "same"]
+MODES = ["other", "away", "blend", "blend-own", "same"]
 
 
 def oracle(mode, w, predictions, own, wrong):
@@ -22,6 +22,8 @@ def oracle(mode, w, predictions, own, wrong):
         return (1 + w) * null - w * predictions[own]
     if mode == "blend":
         return (1 + w) * (predictions[wrong[0]] + predictions[wrong[1]]) / 2 - w * null
+    if mode == "blend-own":
+        return (1 + w) * (predictions[wrong[0]] + predictions[own]) / 2 - w * null
     return predictions[own]
 
 
@@ -68,6 +70,7 @@ def test_weights_sum_to_one_and_no_term_is_idle(mode, w):
     [
         ("other", -1.0, "null"),
         ("blend", -1.0, "null"),
+        ("blend-own", -1.0, "null"),
         ("away", 0.0, "null"),
         ("away", -1.0, "own"),
         ("same", 2.0, "own"),
@@ -116,7 +119,7 @@ def test_the_wrong_class_depends_on_the_images_identity_only():
         ("other", -1.01, "w >= -1"),
         ("away", torch.tensor([2.0, -1.5]), "w >= -1"),
         ("blend", float("nan"), "w >= -1"),
-        ("nearby", 1.0, "other, away, blend, same"),
+        ("nearby", 1.0, "other, away, blend, blend-own, same"),
     ],
 )
 def test_refuses(mode, w, word):

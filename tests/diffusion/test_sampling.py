@@ -151,13 +151,13 @@ def test_the_own_class_is_kept_by_the_control():
     assert correlation(made, images) > 0.6
 
 
-def test_a_blend_ends_between_two_wrong_classes():
+@pytest.mark.parametrize("mode", ["blend", "blend-own"])
+def test_a_blend_ends_between_two_classes(mode):
     images, labels = sources(60, 3)
     wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(60))
-    made = sample(
-        LINEAR, 3, images, *guidance_terms("blend", 0.0, labels, wrong, 3), start_fraction=0.3, sampler="ddim", steps=300
-    )
-    midpoint = means(3)[wrong].mean(dim=1)  # the mean of two Gaussians' predictions is the prediction of the one between
+    made = sample(LINEAR, 3, images, *guidance_terms(mode, 0.0, labels, wrong, 3), start_fraction=0.3, sampler="ddim", steps=300)
+    between = wrong if mode == "blend" else torch.stack([labels, wrong[:, 0]], dim=1)
+    midpoint = means(3)[between].mean(dim=1)  # the mean of two Gaussians' predictions is the prediction of the one between
     assert (made - flow(LINEAR, images, 0.3, midpoint)).abs().max() < 0.03
 
 
@@ -194,12 +194,12 @@ def test_w_minus_one_is_unconditional(sampler):
     wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(12))
     settings = {"start_fraction": 0.3, "sampler": sampler}
     free = sample(LINEAR, 3, images, torch.full((12, 1), 3), torch.ones(1), **settings)
-    for mode in ("other", "blend"):
+    for mode in ("other", "blend", "blend-own"):
         assert torch.equal(sample(LINEAR, 3, images, *guidance_terms(mode, -1.0, labels, wrong, 3), **settings), free)
     assert not torch.equal(sample(LINEAR, 3, images, *guidance_terms("other", 0.0, labels, wrong, 3), **settings), free)
 
 
-MODES = ["other", "away", "blend", "same"]
+MODES = ["other", "away", "blend", "blend-own", "same"]
 INTERVAL = (0.1, 0.2)  # of T = 1000: the steps t = 99 .. 199
 
 
@@ -221,6 +221,7 @@ def test_an_interval_is_a_weight_that_depends_on_the_noise_level(config, mode):
             "other": (1 + w) * first - w * null,
             "away": (1 + w) * null - w * own,
             "blend": (1 + w) * (first + second) / 2 - w * null,
+            "blend-own": (1 + w) * (first + own) / 2 - w * null,
             "same": own,
         }[mode]
         clean = (x - (1 - plain[t]).sqrt() * eps) / plain[t].sqrt()
@@ -242,7 +243,9 @@ def test_an_interval_of_all_or_no_noise_levels(mode, sampler):
         assert torch.equal(sample(LINEAR, 3, images, *guided, **settings, guidance_interval=interval, outside=unguided), expected)
 
 
-@pytest.mark.parametrize(("mode", "inside", "outside"), [("other", 2, 1), ("away", 2, 1), ("blend", 3, 2), ("same", 1, 1)])
+@pytest.mark.parametrize(
+    ("mode", "inside", "outside"), [("other", 2, 1), ("away", 2, 1), ("blend", 3, 2), ("blend-own", 3, 2), ("same", 1, 1)]
+)
 def test_an_interval_saves_forwards(mode, inside, outside):
     images, labels = sources(8, 3)
     wrong = wrong_classes(labels, 3, seed=0, index=torch.arange(8))

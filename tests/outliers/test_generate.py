@@ -43,12 +43,13 @@ def recipe(pictures, tiny):
     [
         CONFIG,
         dataclasses.replace(CONFIG, per_source=2, sources=5, mode="blend"),
+        dataclasses.replace(CONFIG, mode="blend-own"),
         dataclasses.replace(CONFIG, mode="away"),
         dataclasses.replace(CONFIG, mode="same", sampler="ddpm"),
         RANGES,
         WEBP,
     ],
-    ids=["other", "blend", "away", "same", "ranges", "webp"],
+    ids=["other", "blend", "blend-own", "away", "same", "ranges", "webp"],
 )
 def test_manifest_imglist_and_images_agree(tmp_path, unet, tiny, pictures, accelerator, config):
     labels = (pictures.labels + 1) % 3  # pseudo-labels that are not the true ones
@@ -66,7 +67,8 @@ def test_manifest_imglist_and_images_agree(tmp_path, unet, tiny, pictures, accel
         own, index = int(labels[source]), torch.tensor([source + copy * 2**32])
         assert (row["source"], int(row["source_label"])) == (pictures.names[source], own)
         wrong = wrong_classes(labels[[source]], 3, seed=9, index=index)[0].tolist()
-        targets = {"other": (wrong[0], ""), "blend": (wrong[0], wrong[1]), "away": ("", ""), "same": (own, "")}
+        targets = {"other": (wrong[0], ""), "away": ("", ""), "same": (own, "")}
+        targets |= {"blend": (wrong[0], wrong[1]), "blend-own": (wrong[0], own)}
         assert (row["target"], row["target2"]) == tuple(map(str, targets[config.mode]))
         assert float(row["guidance_weight"]) == pytest.approx(
             float(torch.as_tensor(guidance_weights(config, 9, index))), rel=1e-5

@@ -18,7 +18,7 @@ from sdood_plugin.randomness import normal
 
 from .making import CONFIG, RANGES
 
-SETTINGS = [(mode, sampler) for mode in ("other", "away", "blend", "same") for sampler in ("ddpm", "ddim", "dpm")]
+SETTINGS = [(mode, sampler) for mode in ("other", "away", "blend", "blend-own", "same") for sampler in ("ddpm", "ddim", "dpm")]
 
 
 def make(unet, tiny, pictures, rows, config=CONFIG):
