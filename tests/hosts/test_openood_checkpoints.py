@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+import yaml
 
 from sdood_plugin.detector.network import ThreeHeadNet, save_network
-from sdood_plugin.errors import UsageError
-from sdood_plugin.features import Backbone
+from sdood_plugin.errors import SdoodError, UsageError
+from sdood_plugin.features import Backbone, load_backbone
 
 pytestmark = [pytest.mark.usefixtures("host"), pytest.mark.filterwarnings("ignore")]  # the host's warnings are not ours
 
@@ -34,14 +33,44 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, write, found):
 
 
 def test_a_run_of_another_backbone_than_the_yaml_names_is_refused(tmp_path):
+    from openood.utils import Config
+
     from sdood_plugin.hosts.openood.checkpoints import build_network
 
     path = tmp_path / "detector.safetensors"
     save_network(path, ThreeHeadNet(Backbone("small_cnn"), 10))
     section = {"normalization_type": "cifar10", "pretrained": True, "checkpoint": path, "num_gpus": 0}
-    assert build_network(SimpleNamespace(**section, backbone="small_cnn"), 10).network.backbone.name == "small_cnn"
+    assert build_network(Config(**section, backbone="small_cnn"), 10).network.backbone.name == "small_cnn"
     with pytest.raises(UsageError, match="network.backbone: got resnet18_cifar; expected small_cnn"):
-        build_network(SimpleNamespace(**section, backbone="resnet18_cifar"), 10)
+        build_network(Config(**section, backbone="resnet18_cifar"), 10)
+
+
+def test_the_yaml_says_weights_pooling_and_input_size(tmp_path):
+    from openood.utils import Config
+
+    from sdood_plugin.artifacts import write_tensors
+    from sdood_plugin.hosts.openood.checkpoints import build_network
+    from sdood_plugin.hosts.openood.yamls import NETWORK
+
+    name, path = "vit_tiny_patch16_224", tmp_path / "weights.safetensors"
+    torch.manual_seed(1)
+    write_tensors(path, dict(Backbone(name).body.state_dict()))
+    section = yaml.safe_load(NETWORK)["network"] | {"normalization_type": "cifar10", "num_gpus": 0, "backbone": name}
+    net = build_network(Config(section | {"weights": str(path), "pooling": "mean", "input_size": 32}), 10)
+    expected = load_backbone(name, path, pooling="mean", input_size=32)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = net.eval()(images, return_feature=True)[1]
+        torch.testing.assert_close(found, expected.eval()(net.unit(images)))
+    torch.save(net.state_dict(), tmp_path / "best.ckpt")
+    saved = section | {"pretrained": True, "checkpoint": str(tmp_path / "best.ckpt"), "pooling": "mean", "input_size": 32}
+    with torch.no_grad():
+        again = build_network(Config(saved | {"weights": "no such file"}), 10)  # where training started, no longer of interest
+        assert torch.equal(again.eval()(images, return_feature=True)[1], found)
+    with pytest.raises(SdoodError, match="no such file"):
+        build_network(Config(section | {"weights": "no such file"}), 10)
+    with pytest.raises(UsageError, match="pooling"):
+        build_network(Config(section | {"backbone": "small_cnn", "pooling": "cls"}), 10)
 
 
 def test_a_misspelt_normalisation_is_refused():

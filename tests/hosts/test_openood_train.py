@@ -126,15 +126,22 @@ def test_an_export_says_what_its_files_cannot(run_folder, exported, tmp_path):
     shutil.copytree(run_folder, tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     config["clustering"]["method"] = "kmeans"
-    config["detector"] |= {"input_size": 48, "frozen_blocks": 1}
+    weights = tmp_path / "a long name with spaces, that a line of YAML would be folded at" / "weights.safetensors"
+    config["detector"] |= {"input_size": 48, "frozen_blocks": 1, "weights": str(weights)}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
     labels, network, *jobs = export_openood(tmp_path / "run", tmp_path / "data").splitlines()
     assert labels.startswith("# note: the run's classes are pseudo-labels")
     assert "ACC mean nothing" in labels
-    assert network.startswith("# note: `three heads` trains small_cnn from random weights")
-    assert "input_size 48" in network
+    assert network.startswith("# note: `three heads` trains all of small_cnn")
     assert "frozen_blocks 1" in network
     assert len(jobs) == 12
+    section = yaml.safe_load((tmp_path / "data" / "sdood" / "networks" / "sdood_net.yml").read_text())["network"]
+    assert {name: section[name] for name in ("backbone", "input_size", "pooling", "weights")} == {
+        "backbone": "small_cnn",
+        "input_size": 48,
+        "pooling": "own",
+        "weights": config["detector"]["weights"],
+    }
     given, pseudo = (
         yaml.safe_load((root / "sdood" / "dataset.yml").read_text())["dataset"]["test"] for root in (exported, tmp_path / "data")
     )

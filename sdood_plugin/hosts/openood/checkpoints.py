@@ -11,7 +11,7 @@ from torch import nn
 
 from ...detector.network import ThreeHeadNet, load_network
 from ...errors import UsageError
-from ...features import Backbone
+from ...features import Backbone, load_backbone
 from .network import AbsentHead, Normalisation, SDOODNet
 
 
@@ -36,7 +36,11 @@ def load_detector(path: str | Path, normalisation: str | Normalisation | None = 
 
 
 def load_checkpoint(
-    path: str | Path, classes: int, *, backbone: str = "resnet18_cifar", normalisation: str | Normalisation | None = "cifar10"
+    path: str | Path,
+    classes: int,
+    *,
+    backbone: str | Backbone = "resnet18_cifar",
+    normalisation: str | Normalisation | None = "cifar10",
 ) -> SDOODNet:
     """Any checkpoint the host's user may have, in evaluation mode on the CPU.
 
@@ -46,7 +50,8 @@ def load_checkpoint(
     Args:
         path: Our .safetensors (or run folder), the host recorder's `best.ckpt` of our network, or a stock ResNet-18.
         classes: C, checked against the checkpoint's.
-        backbone: The backbone a `best.ckpt` of ours was trained with.
+        backbone: The backbone a `best.ckpt` of ours was trained with: its name, or one of its pooling and input size, which
+            takes the weights.
         normalisation: What the host's loaders normalise by; stock checkpoints ignore it.
 
     Raises:
@@ -59,10 +64,10 @@ def load_checkpoint(
         return net
     tensors = _read_state(path)
     if any(key.startswith("network.") for key in tensors):
-        network = ThreeHeadNet(Backbone(backbone), classes)
+        network = ThreeHeadNet(Backbone(backbone) if isinstance(backbone, str) else backbone, classes)
         own = {key.removeprefix("network."): value for key, value in tensors.items()}
         _check_classes(path, len(own.get("g_in.weight", ())), classes)
-        _load(network, own, path, backbone)
+        _load(network, own, path, network.backbone.name)
         return SDOODNet(network, normalisation).eval()
     return _stock(path, tensors, classes)
 
@@ -133,20 +138,24 @@ def build_network(config: Any, classes: int) -> SDOODNet:
     """The network of a YAML's `network` section, as the host's `get_network` would make it.
 
     Args:
-        config: The section: backbone, normalization_type, pretrained, checkpoint, num_gpus.
+        config: The section: backbone, normalization_type, pretrained, checkpoint, num_gpus; and pooling, input_size and
+            weights, as of a detector, where it has them.
         classes: C.
 
     Raises:
-        UsageError: As `load_checkpoint`; and where the checkpoint says its backbone and the section names another one.
+        UsageError: As `load_checkpoint` and `features.load_backbone`; and where the checkpoint says its backbone and the
+            section names another one.
     """
-    normalisation = str(config.normalization_type)
+    normalisation, name = str(config.normalization_type), str(config.backbone)
+    weights = None if config.pretrained else config.get("weights") or None
+    backbone = load_backbone(name, weights, pooling=config.get("pooling") or "own", input_size=config.get("input_size") or None)
     if config.pretrained:
-        net = load_checkpoint(str(config.checkpoint), classes, backbone=str(config.backbone), normalisation=normalisation)
+        net = load_checkpoint(str(config.checkpoint), classes, backbone=backbone, normalisation=normalisation)
         found = net.network.backbone.name
-        if found != config.backbone:
-            raise UsageError("network.backbone", config.backbone, f"{found} as in {config.checkpoint}", f"set it to {found}")
+        if found != name:
+            raise UsageError("network.backbone", name, f"{found} as in {config.checkpoint}", f"set it to {found}")
     else:
-        net = SDOODNet(ThreeHeadNet(Backbone(str(config.backbone)), classes), normalisation)
+        net = SDOODNet(ThreeHeadNet(backbone, classes), normalisation)
     if config.num_gpus > 0:
         net = net.cuda()
     if config.num_gpus > 1:

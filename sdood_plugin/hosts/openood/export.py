@@ -83,15 +83,11 @@ def _notes(context: Context) -> list[str]:
             "the run's classes are pseudo-labels, those of its test images are not known and test.txt says 0 throughout: "
             "test accuracy and the column ACC mean nothing"
         )
-    own, usual, file = context.detector, DetectorConfig(), weights_file(context.detector.weights)
-    names = ("input_size", "pooling", "frozen_blocks")
-    changed = [f"{name} {getattr(own, name)}" for name in names if getattr(own, name) != getattr(usual, name)]
-    if file or own.weights == HUB:
-        changed.insert(0, f"the weights {file.name if file else 'of timm'} to start from")
-    if changed:
+    own, usual = context.detector, DetectorConfig()
+    if own.frozen_blocks != usual.frozen_blocks:
         notes.append(
-            f"`three heads` trains {own.backbone} from random weights; the run's detector had {', '.join(changed)}, "
-            "which the host's YAMLs cannot say"
+            f"`three heads` trains all of {own.backbone}; the run's detector had frozen_blocks {own.frozen_blocks}, which the "
+            "host's YAMLs cannot say"
         )
     return notes
 
@@ -163,7 +159,7 @@ def _write_ood(context: Context, dest: Path) -> dict[str, list[str]]:
 
 
 def _write_configs(context: Context, classes: int, lists: dict[str, int], groups: dict[str, list[str]], dest: Path) -> None:
-    detector, size = context.config.detector, int(context.train.images.shape[-1])
+    detector, size = context.detector, int(context.train.images.shape[-1])
     root = dest.resolve()
     wanted = {
         "train": detector.batch_size,
@@ -215,13 +211,22 @@ def _write_configs(context: Context, classes: int, lists: dict[str, int], groups
         }
         _write_yaml(dest / CONFIGS / "ood.yml", {"ood_dataset": ood})
     write_yamls(dest / CONFIGS)
-    network = dest / CONFIGS / "networks" / "sdood_net.yml"
-    write_text(network, network.read_text().replace("backbone: resnet18_cifar", f"backbone: {detector.backbone}"))
-    post = dest / CONFIGS / "postprocessors" / "sdood.yml"
-    write_text(
-        post,
-        post.read_text().replace("outliers: ''", f"outliers: {yaml.safe_dump(str(context.folder.resolve())).splitlines()[0]}"),
-    )
+    file = weights_file(detector.weights)
+    weights = str(file.resolve()) if file else HUB if detector.weights == HUB else ""
+    settings = {"backbone": detector.backbone, "weights": weights, "pooling": detector.pooling}
+    _set_values(dest / CONFIGS / "networks" / "sdood_net.yml", settings | {"input_size": detector.input_size or 0})
+    _set_values(dest / CONFIGS / "postprocessors" / "sdood.yml", {"outliers": str(context.folder.resolve())})
+
+
+def _set_values(path: Path, values: dict[str, Any]) -> None:
+    """Other values in one of the YAMLs, whose comments stay."""
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        name = line.partition(":")[0]
+        if name.strip() in values:
+            setting = yaml.safe_dump({name.strip(): values[name.strip()]}, width=1 << 16)
+            lines[number] = name.replace(name.strip(), setting.rstrip())
+    write_text(path, "\n".join([*lines, ""]))
 
 
 def _write_yaml(path: Path, value: dict[str, Any]) -> None:

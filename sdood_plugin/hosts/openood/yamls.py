@@ -12,10 +12,15 @@ from ...artifacts import write_text
 
 NETWORK = """# The three-head network.
 # backbone: small_cnn, resnet18_cifar (the architecture of the host's resnet18_32x32) or any timm name.
+# weights: where its training starts, a safetensors file of a timm model, hub (timm's own) or '' (random).
+# input_size: the side images are resized to, 0 the model's own. pooling: own, or cls or mean of a transformer.
 # checkpoint, with pretrained: True: a run folder, our .safetensors, best.ckpt, or a stock ResNet-18 (which has no g_bin, g_out).
 network:
   name: sdood
   backbone: resnet18_cifar
+  weights: ''
+  input_size: 0
+  pooling: own
   num_classes: '@{dataset.num_classes}'
   normalization_type: '@{dataset.normalization_type}'
   pretrained: False
