@@ -122,8 +122,8 @@ def tight_cells(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | N
     within = Cells.within(trial.bounds(probes)[1], trial.flat.search(probes, 2)[0][:, 1])
     if float((within * trial.sizes).sum(dim=1).double().mean()) > _WORTH * len(sample):
         return None
-    norms = centres.square().sum(dim=1)
-    cell = [(norms - 2 * (part.double() - mean) @ centres.T).argmin(dim=1) for part in features.split(1 << 14)]
+    norms, rough = centres.square().sum(dim=1).float(), centres.T.float()
+    cell = [(norms - 2 * (part - mean).float() @ rough).argmin(dim=1) for part in features.split(1 << 14)]
     return centres, torch.cat(cell)
 
 
