@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from ._version import __version__
 from .config import RunConfig, SelectionConfig
 from .errors import SdoodError, UsageError
+from .progress import speaks
 
 COMMANDS = {
     "run": "all stages in order, then metrics, figures and report.html",
@@ -220,8 +220,7 @@ def _dispatch(command: str, chosen: Namespace) -> int:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    speaks = os.environ.get("RANK", "0") == "0"  # of a launcher's processes, one
-    logging.getLogger("sdood_plugin").setLevel(logging.INFO if speaks else logging.WARNING)
+    logging.getLogger("sdood_plugin").setLevel(logging.INFO if speaks() else logging.WARNING)
     if command in FOLDER_COMMANDS:
         print(_on_folders(command, chosen))
         return 0
@@ -252,7 +251,7 @@ def _dispatch(command: str, chosen: Namespace) -> int:
     from .summary import summarise
 
     run(config, folder, LAST_STAGE.get(command, command))
-    if speaks:
+    if speaks():
         print(summarise(folder))
     return 0
 

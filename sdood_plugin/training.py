@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from .artifacts import atomic_path
 from .config import RunConfig
 from .errors import RunError, UsageError
+from .progress import progress_bar
 from .randomness import step_generator
 
 if TYPE_CHECKING:
@@ -97,13 +96,6 @@ def place(module: Module, device: torch.device, layout: torch.memory_format = to
 def share(indices: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
     """This process's part of a batch that every process drew alike: the same images train whatever their number."""
     return indices[accelerator.process_index :: accelerator.num_processes]
-
-
-def progress_bar(name: str, total: int, unit: str, shown: bool, done: int = 0) -> tqdm:
-    """A bar with the time left; on a terminal it moves each second, in a log it is written each half minute."""
-    return tqdm(
-        total=total, initial=done, desc=name, unit=unit, disable=not shown, mininterval=1.0 if sys.stderr.isatty() else 30.0
-    )
 
 
 def initialised(make: Callable[[], Module], seed: int) -> Module:
@@ -205,7 +197,7 @@ def train_steps(
                 history.setdefault(loss_name, []).append(number)
         recent.clear()
 
-    with progress_bar(name, steps, "step", job.accelerator.is_main_process, first) as bar:
+    with progress_bar(name, steps, "step", done=first) as bar:
         for index in range(first, steps):
             recent.append({loss_name: value.detach() for loss_name, value in step(index).items()})
             if len(recent) >= check_every or index + 1 == steps:

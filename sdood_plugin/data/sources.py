@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..config import DataConfig, ImagesConfig
 from ..errors import RunError, UsageError
+from ..progress import progress_bar
 from . import demo
 from .images import ImageSet, spread
 
@@ -60,11 +62,8 @@ def load_images(source: ImagesConfig, data: DataConfig, seed: int) -> ImageSet:
 
 
 def _from_folder(folder: Path, limit: int | None, size: int | None) -> ImageSet:
-    files = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    )
+    shown = [p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+    files = sorted(p for p in shown if p.suffix.lower() in SUFFIXES)
     if not files:
         raise RunError(f"folder {folder}", "no images", f"files ending in {', '.join(sorted(SUFFIXES))}", "check the path")
     parents = [file.relative_to(folder).parts[:-1] for file in files]
@@ -75,7 +74,11 @@ def _from_folder(folder: Path, limit: int | None, size: int | None) -> ImageSet:
     unreadable = next((name for name in names if name != name.encode(errors="ignore").decode()), None)
     if unreadable is not None:
         raise RunError(f"image in {folder}", f"the name {unreadable!a}", "a name in UTF-8", "rename the file")
-    return _decode(files, names, labels, classes if labelled else [], limit, size)
+    made = _decode(files, names, labels, classes if labelled else [], limit, size)
+    others = Counter(p.suffix.lower() or p.name for p in shown if p.suffix.lower() not in SUFFIXES and p.is_file())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+    left = [f"{others.total()} files are no images and left out: {kinds}"] if others else []
+    return replace(made, notes=[*made.notes, *left])
 
 
 def _from_imglist(imglist: Path, root: Path, limit: int | None, size: int | None) -> ImageSet:
@@ -104,8 +107,12 @@ def _decode(
     files: list[Path], names: list[str], labels: list[int] | None, classes: list[str], limit: int | None, size: int | None
 ) -> ImageSet:
     keep = range(len(files)) if limit is None or limit >= len(files) else spread(len(files), limit).tolist()
-    with ThreadPoolExecutor() as pool:
-        decoded = list(pool.map(lambda i: _read(files[i], size), keep))
+    with ThreadPoolExecutor() as pool, progress_bar("reading images", len(keep), "image", delay=2.0) as bar:
+        found = []
+        for one in pool.map(lambda i: _read(files[i], size), keep):
+            found.append(one)
+            bar.update()
+    decoded = _whole(found, [names[i] for i in keep])
     shapes = Counter(array.shape[:2] for array, _ in decoded)
     if len(shapes) > 1:
         common, odd = (
@@ -125,14 +132,26 @@ def _decode(
     return ImageSet(pixels, [names[i] for i in keep], true, classes, [f"{count} images: {note}" for note, count in notes.items()])
 
 
-def _read(file: Path, size: int | None) -> tuple[np.ndarray, str]:
+def _whole(found: list[tuple[np.ndarray, str] | RunError], names: list[str]) -> list[tuple[np.ndarray, str]]:
+    """What was read, where everything could be; else an error that names what could not, or the first twenty of them."""
+    errors = [one for one in found if isinstance(one, RunError)]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        broken = [name for name, one in zip(names, found, strict=True) if isinstance(one, RunError)]
+        shown = ", ".join(broken[:20]) + (" ..." if len(broken) > 20 else "")
+        raise RunError(f"{len(broken)} of {len(found)} images", shown, "readable, whole images", "remove or replace those files")
+    return [one for one in found if not isinstance(one, RunError)]
+
+
+def _read(file: Path, size: int | None) -> tuple[np.ndarray, str] | RunError:
     try:
         with Image.open(file) as opened:
             image, note = _to_rgb(ImageOps.exif_transpose(opened))
-    except FileNotFoundError as error:
-        raise RunError(f"image {file}", "no such file", "the image the list names", "check the list and its root") from error
+    except FileNotFoundError:
+        return RunError(f"image {file}", "no such file", "the image the list names", "check the list and its root")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RunError(f"image {file}", f"{error}", "a readable, whole image", "remove or replace that file") from error
+        return RunError(f"image {file}", f"{error}", "a readable, whole image", "remove or replace that file")
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
     return np.asarray(image), note

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 
 from ..artifacts import file_hash, read_json, write_csv
-from ..training import progress_bar
+from ..progress import progress_bar
 from .blocks import identities
 from .card import write_card
 from .dataset import read_images
@@ -115,7 +115,7 @@ def _make(
     referee = Referee(recipe.sources.images, judge, accelerator.device)
     total = sum(len(recipe.blocks[number].jobs) for number, _ in todo)
     with (
-        progress_bar(name, total, "image", accelerator.is_main_process) as bar,
+        progress_bar(name, total, "image") as bar,
         BlockWriter(folder, recipe.config.format) as writer,
     ):
         for number, there in todo:

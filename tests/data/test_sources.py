@@ -39,6 +39,7 @@ def test_a_flat_folder(tmp_path):
     found = load(tmp_path)
     assert found.names == ["a.png", "b.png", "c.bmp"] and found.labels is None
     assert torch.equal(found.images, arrays[[1, 0, 2]]) and found.images.dtype == torch.uint8
+    assert found.notes == ["1 files are no images and left out: 1 .txt"]
 
 
 def test_class_folders_give_labels(tmp_path):
@@ -162,6 +163,18 @@ def test_a_broken_image_is_named(tmp_path, data):
     whole = (tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2] if data is None else data)
     with pytest.raises(RunError, match=r"image .*b\.png.*readable, whole"):
+        load(tmp_path)
+
+
+def test_several_broken_images_are_named_at_once(tmp_path):
+    fill(tmp_path, [f"{number:02d}.png" for number in range(30)])
+    for number in (3, 17):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"not an image")
+    with pytest.raises(RunError, match=r"2 of 30 images: got 03\.png, 17\.png; expected readable"):
+        load(tmp_path)
+    for number in range(25):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"")
+    with pytest.raises(RunError, match=r"25 of 30 images: got 00\.png, .*, 19\.png \.\.\.; "):
         load(tmp_path)
 
 
