@@ -288,7 +288,7 @@ def test_a_query_is_settled_when_no_other_row_can_be_nearer(last, relative, sett
     # the best is truly at 1.1 at most, and what looks like 1.2 may truly be at 1.1; 5 % each way make that 1.155 and 1.318
     values = torch.tensor([[1.0, 1.05, 1.15, last]])
     found = candidates.Candidates(values, torch.tensor([[4, 9, 2, 7]]), torch.tensor([0.1]), relative)
-    rows, done = flat.FlatBank(torch.zeros(20, 2), "torch")._settled(found, 1)
+    rows, _, done = flat.FlatBank(torch.zeros(20, 2), "torch")._settled(found, 1)
     assert done.tolist() == [settled]
     assert not settled or rows.tolist() == [[4, 9, 2]]
 

@@ -60,7 +60,8 @@ class Cells:
         def ask(number: int, asked: torch.Tensor) -> None:
             if not len(asked):
                 return
-            found, places = self.parts[number].search(queries[asked], min(k, len(self.rows[number])), query_chunk)
+            count, so_far = min(k, len(self.rows[number])), distances[asked, -1]
+            found, places = self.parts[number].search(queries[asked], count, query_chunk, so_far)
             distances[asked], rows[asked] = _merged(
                 torch.cat([distances[asked], found], dim=1), torch.cat([rows[asked], self.rows[number][places]], dim=1), k
             )

@@ -42,8 +42,21 @@ class FlatBank:
     def __len__(self) -> int:
         return len(self.features)
 
-    def search(self, queries: torch.Tensor, k: int, query_chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float64 (N, k) squared distances, ascending, and int64 (N, k) rows; k <= M. `query_chunk` as of `Bank.nearest`."""
+    def search(
+        self, queries: torch.Tensor, k: int, query_chunk: int | None = None, limit: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k nearest rows of each query.
+
+        Args:
+            queries: float (N, D), finite.
+            k: At most M.
+            query_chunk: As of `Bank.nearest`.
+            limit: float64 (N,), squared distances from which rows are of no interest; infinity for all. Rows beyond it may
+                be missing, at an infinite distance.
+
+        Returns:
+            float64 (N, k) squared distances, ascending, and int64 (N, k) rows.
+        """
         exact = exact_dtype(queries.device)
         distances = queries.new_empty(len(queries), k, dtype=exact)
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
@@ -57,9 +70,10 @@ class FlatBank:
             parts = self._parts(pending, chunk, finder)
             for number, part in enumerate(parts):
                 found = finder(self._centred(queries[part], precision), count)
-                near, settled = self._settled(found, k)
+                beyond = None if limit is None else (limit[part] * ((1 + 2.0**-20) / self._scale**2)).to(found.values.dtype)
+                near, within, settled = self._settled(found, k, beyond)
                 done = part[settled]
-                distances[done], rows[done] = self._ranked(queries[done], near[settled], k)
+                distances[done], rows[done] = self._ranked(queries[done], near[settled], within[settled], k)
                 left.append(part[~settled])
                 if precision != exact and number == 0 and 2 * len(done) < len(part):
                     left += parts[1:]
@@ -69,7 +83,8 @@ class FlatBank:
             if not len(pending):
                 return distances, rows
         for part in pending.split(min(chunk, 256)):
-            distances[part], rows[part] = self._ranked(queries[part], self._by_definition(queries[part], k), k)
+            near = self._by_definition(queries[part], k)
+            distances[part], rows[part] = self._ranked(queries[part], near, torch.ones_like(near, dtype=torch.bool), k)
         return distances, rows
 
     def _attempts(self, k: int) -> Iterator[tuple[torch.dtype, int]]:
@@ -104,26 +119,35 @@ class FlatBank:
         wanted = torch.promote_types(precision, torch.float32)
         return (rows.to(torch.promote_types(rows.dtype, wanted)) - self.centre).div_(self._scale).to(wanted)
 
-    def _settled(self, found: Candidates, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Candidates (n, c') that may be among the k nearest, and bool (n,): whether no other row can be."""
+    def _settled(
+        self, found: Candidates, k: int, limit: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows (n, c') and bool (n, c'), which of them may be among the k nearest; bool (n,): whether no other row can be."""
         kth = found.values[:, k - 1].clamp(min=0) / (1 - found.relative) + found.error
+        if limit is not None:
+            kth = torch.minimum(kth, limit)
         reach = (kth + found.error) * (1 + found.relative)
         settled = found.values[:, -1] > reach
         if found.values.shape[1] == len(self):
             settled = reach.isfinite()
-        within = (found.values[settled] <= reach[settled, None]).sum(dim=1)
-        return found.rows[:, : int(within.max()) if len(within) else k], settled
+        within = found.values <= reach[:, None]
+        width = max(k, int(within[settled].sum(dim=1).amax())) if settled.any() else k
+        return found.rows[:, :width], within[:, :width], settled
 
-    def _ranked(self, queries: torch.Tensor, candidates: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distances and rows (n, k) of the nearest of the candidates (n, c), by the definition."""
-        exact = exact_dtype(queries.device)
-        at_once = max(1, (1 << (17 if queries.device.type == "cpu" else 26)) // (candidates.shape[1] * queries.shape[1]))
-        distances, rows = [queries.new_empty(0, k, dtype=exact)], [candidates.new_empty(0, k)]
-        for some, chosen in zip(queries.split(at_once), candidates.sort(dim=1).values.split(at_once), strict=True):
-            order = (some.to(exact)[:, None] - self.features[chosen]).square_().sum(dim=2).sort(dim=1, stable=True)
-            distances.append(order.values[:, :k])
-            rows.append(chosen.gather(1, order.indices[:, :k]))
-        return torch.cat(distances), torch.cat(rows)
+    def _ranked(
+        self, queries: torch.Tensor, candidates: torch.Tensor, within: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances and rows (n, k) of the nearest of the candidates (n, c) that are `within` (n, c), by the definition."""
+        queries = queries.to(exact_dtype(queries.device))
+        by_row = candidates.sort(dim=1)  # earlier rows first at equal distance
+        candidates, within = by_row.values, within.gather(1, by_row.indices)
+        at_once = max(1, (1 << (17 if queries.device.type == "cpu" else 26)) // queries.shape[1])
+        pairs = zip(*(part.split(at_once) for part in (within.nonzero()[:, 0], candidates[within])), strict=True)
+        sums = [(queries[query] - self.features[row]).square_().sum(dim=1) for query, row in pairs]
+        distances = torch.full_like(candidates, torch.inf, dtype=queries.dtype)
+        distances[within] = torch.cat(sums)
+        nearest = distances.sort(dim=1, stable=True)
+        return nearest.values[:, :k], candidates.gather(1, nearest.indices[:, :k])
 
     def _by_definition(self, queries: torch.Tensor, k: int, block: int = 4096) -> torch.Tensor:
         """int64 (n, k) rows: every distance summed from differences, for features that products cannot tell apart."""
