@@ -151,8 +151,9 @@ OUTLIERS = _staged("CIFAR-10 outliers:", "cifar10_outliers-gpu", "--data data", 
     Step("inspect", 7, rows=tuple({"set": name, "count": 50_000} for name in cifar10_outliers.SETS))])  # fmt: skip
 RUN = "runs/benchmarks/cifar10_outliers-gpu-0"
 OURS = " ".join(f"--ours dpm {steps} {low} 1 2,2.5,3,4,5" for steps, low in ((8, 0), (6, 0), (6, 0.04), (5, 0)))
+OURS += " --ours ddpm 8 0.065 1 3,4,6"  # S is 0.1: the guided part that was best on the CPU
 NETWORK = {"network": "resnet18_cifar", "by": "ours / theirs", "part": "whole"}
-BANKS = (*((kind, "50000 x 512") for kind in ("gaussian", *neighbours_speed.SPREAD)), ("clustered", "1000000 x 384"))
+BANKS = (*((kind, "50000 x 512") for kind in neighbours_speed.KINDS), ("clustered", "1000000 x 384"))
 
 
 def _sampling(seed: int) -> Item:

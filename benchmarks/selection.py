@@ -37,8 +37,10 @@ KEEPS = {
     "ambiguous": ["ambiguous"],
     "ambiguous + flip": ["ambiguous", "flip"],
 }
-MODES = [("other", 2.0), ("other", 0.0), ("blend", 0.0), ("away", 3.0), ("away", 6.0)]
+MODES = [("other", 2.0), ("other", 0.0), ("blend", 0.0), ("blend-own", 0.0), ("away", 3.0), ("away", 6.0)]
 START = 0.2
+# ancestral steps, guided where the noise is high only: as many flips as the paper's sampler at its distance to real images
+INTERVAL = {"sampler": "ddpm", "sampling_steps": 8, "guidance_interval": [0.13, 1.0]}
 STARTS = [("random", 2e-3), (None, 2e-3), (None, 6e-4), (None, 2e-4)]  # weights, null being the clustering's, and learning rate
 
 
@@ -56,6 +58,7 @@ def variants(base: RunConfig) -> list[dict[str, Any]]:
     )  # the one whose outliers are there comes first
     rest = {"start_fraction": START, "keep": "all", "controls": True}
     modes = [{"part": "modes", "mode": mode, "guidance_weight": weight, **rest} for mode, weight in others]
+    modes.append({"part": "modes", "mode": "away", "guidance_weight": 6.5, **INTERVAL, **rest})
     starts = [
         {"part": "start", **own, "keep": "all", "controls": True, "weights": weights, "lr": lr}
         for weights, lr in ([] if base.clustering.method == "given" else STARTS)
@@ -66,7 +69,8 @@ def variants(base: RunConfig) -> list[dict[str, Any]]:
 def name_of(variant: dict[str, Any]) -> str:
     """A variant in words."""
     if variant["part"] == "modes":
-        return f"{variant['mode']}, w = {variant['guidance_weight']:g}"
+        how = f", {variant['sampler']}, guided above {variant['guidance_interval'][0]:g} T" if "sampler" in variant else ""
+        return f"{variant['mode']}, w = {variant['guidance_weight']:g}{how}"
     if variant["part"] == "start":
         return f"{variant['weights'] or 'clustering'}, lr = {variant['lr']:g}"
     return f"{variant['keep']}, {'with' if variant['controls'] else 'no'} controls"
@@ -78,9 +82,8 @@ def configured(base: RunConfig, variant: dict[str, Any], seed: int) -> RunConfig
     if data.train.path == "demo":
         data = dataclasses.replace(data, demo_left_out=LEFT_OUT[seed])
         clustering = dataclasses.replace(clustering, clusters=5)
-    outliers = dataclasses.replace(
-        base.outliers, mode=variant["mode"], guidance_weight=variant["guidance_weight"], start_fraction=variant["start_fraction"]
-    )
+    how = {name: variant[name] for name in ("mode", "guidance_weight", "start_fraction", *INTERVAL) if name in variant}
+    outliers = dataclasses.replace(base.outliers, **how)
     detector = {name: variant[name] for name in ("weights", "lr") if name in variant}
     detector["control_ratio"] = base.detector.control_ratio if variant["controls"] else 0.0
     if variant["keep"] == "none":

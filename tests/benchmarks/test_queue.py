@@ -122,13 +122,13 @@ def test_the_next_item_is_the_first_that_is_missing_and_fits(tmp_path):
         ("CIFAR-10 outliers: inspect 0", 2),
         ("speed: sampling 0", 2),
         ("speed: diffusion", 9),
-        ("speed: neighbours", 12),
+        ("speed: neighbours", 15),
         ("speed: detector", 3),
         ("table 2", 30),
         ("table 3", 10),
         ("figure 3", 2),
         ("frozen ViT-Tiny", 6),
-        ("selection", 16),
+        ("selection", 18),
     ],
 )
 def test_an_item_is_done_when_its_last_seed_or_cell_is(tmp_path, name, count):
