@@ -103,3 +103,11 @@ def test_cells_are_made_of_banks_that_fall_into_them(generator, recwarn, kind, f
 def test_faiss_searches_all_rows(generator):
     pytest.importorskip("faiss")
     assert isinstance(Bank(classes(20_000, 24, 0.05, generator), backend="faiss")._index, FlatBank)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_answers_of_the_processor(generator):
+    features, queries = classes(20_000, 24, 0.05, generator), classes(400, 24, 0.05, generator)
+    there, here = (Bank(features.to(device)).nearest(queries.to(device), 5) for device in ("cuda", "cpu"))
+    assert torch.equal(there[1].cpu(), here[1])
+    torch.testing.assert_close(there[0].cpu(), here[0], rtol=1e-12, atol=0)
