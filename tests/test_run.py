@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from sdood_plugin import context
-from sdood_plugin.artifacts import read_tensors
+from sdood_plugin.artifacts import read_csv, read_tensors
 from sdood_plugin.config import (
     ClusteringConfig,
     CompareConfig,
@@ -157,6 +157,19 @@ def test_what_a_selection_drops_is_recorded_and_told(finished, tmp_path, caplog)
     write_report(copy)
     page = (copy / "report.html").read_text()
     assert "19 of 24 outliers were used" in page and "5 duplicate" in page
+
+
+def test_the_report_says_what_was_called_ood(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    path = copy / "evaluation" / "scores-id.csv"
+    threshold = json.loads((copy / "detector" / "score.json").read_text())["calibration"]["threshold"]
+    above = [float(row["score"]) > threshold for row in read_csv(path)]
+    write_report(copy)
+    assert f"in per cent: id {100 * sum(above) / len(above):.1f}, digits " in (copy / "report.html").read_text()
+    path.write_text(path.read_text().replace(",0\n", ",1\n"))
+    write_report(copy)
+    assert "in per cent: id 100.0, digits " in (copy / "report.html").read_text()
 
 
 def test_an_inspection_with_substituted_features_runs_again(finished, tmp_path):

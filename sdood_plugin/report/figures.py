@@ -90,14 +90,15 @@ def grid(folder: Path, name: str) -> Figure | None:
     return figure
 
 
-def _score_files(folder: Path) -> dict[str, list[dict[str, str]]]:
+def scores_of_tests(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The scores that the evaluation wrote of each test set, in-distribution images first."""
     files = sorted((folder / "evaluation").glob("scores-*.csv"), key=lambda path: path.name != "scores-id.csv")
     return {path.stem.removeprefix("scores-"): read_csv(path) for path in files}
 
 
 def score_histogram(folder: Path) -> Figure | None:
     """The score of every test image (of held-out ones where there are no test sets), and the threshold."""
-    scores = {name: np.array([float(row["score"]) for row in rows]) for name, rows in _score_files(folder).items()}
+    scores = {name: np.array([float(row["score"]) for row in rows]) for name, rows in scores_of_tests(folder).items()}
     if not scores and (folder / "detector" / "heldout.csv").exists():
         rows = read_csv(folder / "detector" / "heldout.csv")
         for kind in dict.fromkeys(row["set"] for row in rows):

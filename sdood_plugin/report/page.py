@@ -42,7 +42,7 @@ def write_report(folder: Path, truth: dict[str, Any] | None = None) -> Path:
         truth: What only the report may know (label quality against true labels, notes on the input); kept in
             report.json, so that the report can be drawn again from files alone.
     """
-    from .figures import draw_all
+    from .figures import draw_all, scores_of_tests
 
     if truth is not None:
         write_json(folder / "report.json", truth)
@@ -66,6 +66,7 @@ def write_report(folder: Path, truth: dict[str, Any] | None = None) -> Path:
         tests=tests,
         table=table,
         calibration=score.get("calibration"),
+        called={name: _called_ood(scores) for name, scores in scores_of_tests(folder).items()} if rows else {},
         selected=_optional(folder / "detector" / "selection.json", None),
         cluster_notes=_optional(folder / "clustering" / "summary.json", {}).get("notes", []),
         figures=_embedded(figures),
@@ -92,6 +93,11 @@ def write_quality_page(folder: Path) -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _called_ood(rows: list[dict[str, str]]) -> float:
+    """Per cent of a test set's images above the threshold."""
+    return 100 * sum(float(row["called_ood"]) for row in rows) / len(rows)
 
 
 def _template(name: str) -> Any:
