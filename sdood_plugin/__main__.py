@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 from .cli import main
@@ -19,10 +20,16 @@ def leave(code: int) -> NoReturn:
     if code == 0:
         distributed.barrier()
         distributed.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
+    """What the command `sdood` is."""
     leave(main())
+
+
+if __name__ == "__main__":
+    start()

@@ -196,7 +196,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise RunError(
             f"file {path}", "nothing there", "a safetensors file", "check the path or run the stage that writes it"
         ) from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise RunError(
             f"file {path}", error, "a whole safetensors file", "copy it again or run the stage that writes it again"
         ) from error

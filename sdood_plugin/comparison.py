@@ -29,7 +29,7 @@ from .diffusion.sampling import as_denoiser
 from .diffusion.training import train_diffusion
 from .evaluation import TestSets, method_rows, read_tests
 from .features import Backbone, evaluating, extract, load_backbone
-from .neighbours import nearest
+from .neighbours import Bank
 from .outliers.fidelity import distances
 from .stages import read_outliers, write_curves
 from .training import Job, place
@@ -118,9 +118,9 @@ class Comparators:
         """Our distance term on the reference network: what the outliers add is the difference to `sdood-distance`."""
         scoring = self.run.config.scoring
         prepare = (lambda values: F.normalize(values, dim=1)) if scoring.normalise else (lambda values: values)
-        backbone, bank = self._reference.backbone, prepare(self._reference_features)
+        backbone, bank = self._reference.backbone, Bank(prepare(self._reference_features))
         return lambda sets: {
-            "distance": [nearest(prepare(self._features(backbone, one)), bank, scoring.k_distance)[0].sum(dim=1) for one in sets]
+            "distance": [bank.nearest(prepare(self._features(backbone, one)), scoring.k_distance)[0].sum(dim=1) for one in sets]
         }
 
     def _oe_noise(self) -> Scorer:

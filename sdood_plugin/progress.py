@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 def speaks() -> bool:
     """Whether this process is the one of a launcher's that prints; without a launcher it is."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def progress_bar(name: str, total: int, unit: str, *, done: int = 0, delay: float = 0.0) -> tqdm:

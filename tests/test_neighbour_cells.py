@@ -111,3 +111,23 @@ def test_a_gpu_gives_the_answers_of_the_processor(generator):
     there, here = (Bank(features.to(device)).nearest(queries.to(device), 5) for device in ("cuda", "cpu"))
     assert torch.equal(there[1].cpu(), here[1])
     torch.testing.assert_close(there[0].cpu(), here[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float64, 1e4), (torch.float32, 1e13)])
+def test_queries_far_from_cells_of_copies(generator, dtype, far):
+    copies = F.normalize(torch.randn(8, 16, generator=generator).to(dtype), dim=1).repeat_interleave(8190, 0)
+    bank = Bank(copies, backend="torch")
+    assert isinstance(bank._index, Cells)
+    distances, rows = bank.nearest(far * copies[:1], 2)
+    assert rows.tolist() == [[0, 1]]
+    torch.testing.assert_close(distances, torch.full((1, 2), (far - 1) ** 2).double(), rtol=1e-5, atol=0)
+
+
+def test_a_bank_in_the_order_of_its_classes_or_any_other_is_seen_alike(generator):
+    features = classes(16_384, 24, 0.05, generator)
+    for order in (torch.arange(16_384), features[:, 0].argsort()):
+        assert tight_cells(features[order]) is not None
+
+
+def test_a_bank_whose_sums_overflow_is_flat(generator):
+    assert tight_cells(1e37 * classes(20_000, 24, 0.05, generator)) is None

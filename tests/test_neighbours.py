@@ -20,7 +20,7 @@ def way(request, monkeypatch):
     monkeypatch.setattr(flat, "multiplies_bfloat16", lambda device: request.param == "bfloat16")
     monkeypatch.setattr(flat, "_MANY", 1 if request.param == "faiss" else 10**9)
     if request.param == "cells":
-        for name, value in (("_FEWEST", 4), ("_CELLS", 4), ("_WORTH", 1.0)):
+        for name, value in (("_FEWEST", 4), ("_CELLS", 4), ("_WORTH", 1.0), ("_TIGHT", 1.0)):
             monkeypatch.setattr(cells, name, value)
     return request.param
 

@@ -10,7 +10,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def _from_folder(folder: Path, limit: int | None, size: int | None) -> ImageSet:
         raise RunError(f"image in {folder}", f"the name {unreadable!a}", "a name in UTF-8", "rename the file")
     made = _decode(files, names, labels, classes if labelled else [], limit, size)
     others = Counter(p.suffix.lower() or p.name for p in shown if p.suffix.lower() not in SUFFIXES and p.is_file())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5)) + (", ..." if len(others) > 5 else "")
     left = [f"{others.total()} files are no images and left out: {kinds}"] if others else []
     return replace(made, notes=[*made.notes, *left])
 
@@ -112,7 +112,7 @@ def _decode(
         for one in pool.map(lambda i: _read(files[i], size), keep):
             found.append(one)
             bar.update()
-    decoded = _whole(found, [names[i] for i in keep])
+    decoded = _whole(found, [files[i] for i in keep])
     shapes = Counter(array.shape[:2] for array, _ in decoded)
     if len(shapes) > 1:
         common, odd = (
@@ -132,26 +132,33 @@ def _decode(
     return ImageSet(pixels, [names[i] for i in keep], true, classes, [f"{count} images: {note}" for note, count in notes.items()])
 
 
-def _whole(found: list[tuple[np.ndarray, str] | RunError], names: list[str]) -> list[tuple[np.ndarray, str]]:
+class _Broken(NamedTuple):
+    """Why an image could not be read, as `RunError` puts it."""
+
+    value: str
+    expected: str
+    remedy: str
+
+
+def _whole(found: list[tuple[np.ndarray, str] | _Broken], files: list[Path]) -> list[tuple[np.ndarray, str]]:
     """What was read, where everything could be; else an error that names what could not, or the first twenty of them."""
-    errors = [one for one in found if isinstance(one, RunError)]
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        broken = [name for name, one in zip(names, found, strict=True) if isinstance(one, RunError)]
-        shown = ", ".join(broken[:20]) + (" ..." if len(broken) > 20 else "")
-        raise RunError(f"{len(broken)} of {len(found)} images", shown, "readable, whole images", "remove or replace those files")
-    return [one for one in found if not isinstance(one, RunError)]
+    broken = [(file, one) for file, one in zip(files, found, strict=True) if isinstance(one, _Broken)]
+    if broken:
+        first, why = broken[0]
+        others = ", ".join(str(file) for file, _ in broken[1:20]) + (", ..." if len(broken) > 20 else "")
+        rest = f" ({len(broken)} of {len(found)} images cannot be used; the others: {others})" if others else ""
+        raise RunError(f"image {first}", f"{why.value}{rest}", why.expected, why.remedy)
+    return [one for one in found if not isinstance(one, _Broken)]
 
 
-def _read(file: Path, size: int | None) -> tuple[np.ndarray, str] | RunError:
+def _read(file: Path, size: int | None) -> tuple[np.ndarray, str] | _Broken:
     try:
         with Image.open(file) as opened:
             image, note = _to_rgb(ImageOps.exif_transpose(opened))
     except FileNotFoundError:
-        return RunError(f"image {file}", "no such file", "the image the list names", "check the list and its root")
+        return _Broken("no such file", "the image the list names", "check the list and its root")
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return RunError(f"image {file}", f"{error}", "a readable, whole image", "remove or replace that file")
+        return _Broken(str(error), "a readable, whole image", "remove or replace such files")
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
     return np.asarray(image), note

@@ -15,7 +15,8 @@ class Bank:
     """Features to be searched, prepared once.
 
     The neighbours are those by the definition sum (q - b)^2 in float64, equal distances in the order of the bank, whatever
-    the backend, the precision of the products, or which queries are searched together.
+    the backend, the precision of the products, or which queries are searched together. Distances that differ by less than
+    the rounding of such sums, as of queries 1e8 times farther away than the rows are from each other, may come in any order.
 
     Args:
         features: float (M, D), M > 0, on any device.

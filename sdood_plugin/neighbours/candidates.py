@@ -13,7 +13,7 @@ import torch
 
 BLOCK = 4096  # bank rows of one matrix product: its operands and its result stay in a processor's cache
 GROUP = 16  # products that share one list of minima
-_PADDING = 1e38  # "squared distance" of rows that fill up the last block
+_PADDING = float("inf")  # "squared distance" of rows that fill up the last block
 _PARTS = {torch.bfloat16: 3, torch.float32: 1, torch.float64: 1}  # summands a squared norm is split into, exactly
 _RELATIVE = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22, torch.float64: 2.0**-51}  # rounding of the result, at least
 _TF32, _BFLOAT16 = 2.0**-10, 2.0**-7

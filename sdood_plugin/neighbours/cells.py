@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from .flat import FlatBank, exact_dtype
@@ -12,7 +10,8 @@ _FEWEST = 1 << 14  # bank rows from which cells are tried
 _CELLS = 32
 _SAMPLE = 64  # rows for each cell that k-means sees
 _PROBES = 128  # rows of those that are searched for, to see how much of the bank is left
-_WORTH = 0.5  # share of the bank above which all of it is searched at once
+_TIGHT = 0.25  # share of the bank that may be left for its own rows; beyond that, cells cost more than they save
+_WORTH = 0.5  # share above which a query asks all of the bank at once
 _SLACK = 2e-6  # of the norms: more than float64 products of up to 16,384 summands may be off by in a distance
 
 
@@ -113,15 +112,17 @@ def tight_cells(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | N
     from sklearn.cluster import KMeans
 
     mean = features.mean(dim=0)
-    sample = features[:: max(1, len(features) // (_CELLS * _SAMPLE))].double() - mean
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer distinct rows than cells
-        means = KMeans(_CELLS, n_init=1, max_iter=10, random_state=0).fit(sample.cpu().numpy())
+    drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: _CELLS * _SAMPLE]
+    sample = features[drawn.to(features.device)].double() - mean
+    distinct = len(sample.unique(dim=0))
+    if distinct == 1 or not sample.isfinite().all():
+        return None
+    means = KMeans(min(_CELLS, distinct), n_init=1, max_iter=10, random_state=0).fit(sample.cpu().numpy())
     centres = torch.from_numpy(means.cluster_centers_).to(features.device)
     trial = Cells(FlatBank(sample, "torch"), centres, torch.from_numpy(means.labels_).long().to(features.device))
     probes = sample[:: max(1, len(sample) // _PROBES)]
     within = Cells.within(trial.bounds(probes)[1], trial.flat.search(probes, 2)[0][:, 1])
-    if float((within * trial.sizes).sum(dim=1).double().mean()) > _WORTH * len(sample):
+    if float((within * trial.sizes).sum(dim=1).double().mean()) > _TIGHT * len(sample):
         return None
     norms, rough = centres.square().sum(dim=1).float(), centres.T.float()
     cell = [(norms - 2 * (part - mean).float() @ rough).argmin(dim=1) for part in features.split(1 << 14)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..data.images import to_unit
-from ..neighbours import nearest
+from ..neighbours import Bank
 from .quality import pixel_distance, small
 
 Judge = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # uint8 images -> features (B, D), probabilities (B, C)
@@ -33,7 +33,7 @@ class Referee:
 
     def __init__(self, train: torch.Tensor, judge: Judge | None, device: torch.device) -> None:
         self._train, self._judge, self._device = train, judge, device
-        self._bank = torch.cat([small(part.to(device)) for part in train.split(4096)])
+        self._bank = Bank(torch.cat([small(part.to(device)) for part in train.split(4096)]))
 
     def __call__(self, made: torch.Tensor, sources: torch.Tensor, labels: torch.Tensor) -> Mapping[str, list[str]]:
         """Columns of the manifest, numbers as text.
@@ -49,7 +49,7 @@ class Referee:
             labels: int64 (B,), their sources' pseudo-labels.
         """
         made, own = made.to(self._device), self._train[sources].to(self._device)
-        index = nearest(small(made), self._bank, 1)[1][:, 0].cpu()
+        index = self._bank.nearest(small(made), 1)[1][:, 0].cpu()
         near = self._train[index].to(self._device)
         columns: dict[str, list[str]] = {name: [""] * len(made) for name in VERDICTS}
         columns["distance_to_source"] = _text(pixel_distance(to_unit(made), to_unit(own)))
