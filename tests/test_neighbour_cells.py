@@ -106,8 +106,11 @@ def test_faiss_searches_all_rows(generator):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_answers_of_the_processor(generator):
-    features, queries = classes(20_000, 24, 0.05, generator), classes(400, 24, 0.05, generator)
+@pytest.mark.parametrize("width", [24, 25])
+def test_a_gpu_gives_the_answers_of_the_processor(generator, width):
+    features, queries = classes(20_000, width, 0.05, generator), classes(400, width, 0.05, generator)
+    features[10_000:10_200] = features[:200]  # copies, whose order sums of another layout would turn
+    queries = torch.cat([queries, features[:200]])
     there, here = (Bank(features.to(device)).nearest(queries.to(device), 5) for device in ("cuda", "cpu"))
     assert torch.equal(there[1].cpu(), here[1])
     torch.testing.assert_close(there[0].cpu(), here[0], rtol=1e-12, atol=0)
