@@ -145,6 +145,7 @@ def build_network(config: Any, classes: int) -> SDOODNet:
     Raises:
         UsageError: As `load_checkpoint` and `features.load_backbone`; and where the checkpoint says its backbone and the
             section names another one.
+        RunError: There are no such weights.
     """
     normalisation, name = str(config.normalization_type), str(config.backbone)
     weights = None if config.pretrained else config.get("weights") or None
