@@ -130,7 +130,10 @@ def test_what_is_searched_together_changes_nothing(generator):
     whole, alone = nearest(queries, features, 5), [nearest(part, features, 5) for part in queries.split(70)]
     assert torch.equal(whole[1], torch.cat([rows for _, rows in alone]))
     assert torch.equal(nearest(queries, features, 5, query_chunk=33)[1], whole[1])
-    torch.testing.assert_close(whole[0], torch.cat([distances for distances, _ in alone]), rtol=1e-6, atol=0)
+    assert torch.equal(whole[0], torch.cat([distances for distances, _ in alone]))
+    bank = Bank(features)
+    together = bank.nearest(queries[:9], 5)[0]
+    assert torch.equal(together, torch.cat([bank.nearest(query[None], 5)[0] for query in queries[:9]])), "to the last bit"
     shuffled = torch.randperm(5000, generator=generator)
     assert torch.equal(shuffled[nearest(queries, features[shuffled], 5)[1]], whole[1])
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
 from .candidates import Candidates, FaissFinder, Finder, ProductFinder, multiplies_bfloat16
 
@@ -141,9 +142,12 @@ class FlatBank:
         queries = queries.to(exact_dtype(queries.device))
         by_row = candidates.sort(dim=1)  # earlier rows first at equal distance
         candidates, within = by_row.values, within.gather(1, by_row.indices)
-        at_once = max(1, (1 << (17 if queries.device.type == "cpu" else 26)) // queries.shape[1])
-        pairs = zip(*(part.split(at_once) for part in (within.nonzero()[:, 0], candidates[within])), strict=True)
-        sums = [(queries[query] - self.features[row]).square_().sum(dim=1) for query, row in pairs]
+        at_once = max(1, (1 << (17 if queries.device.type == "cpu" else 22)) // queries.shape[1])
+        filling = (0, -queries.shape[1] % 4, 0)  # sums of one layout: the same bits for a pair wherever it stands
+        sums = []
+        for query, row in zip(*(part.split(at_once) for part in (within.nonzero()[:, 0], candidates[within])), strict=True):
+            differences = F.pad(queries[query] - self.features[row], (*filling, at_once - len(row)))
+            sums.append(differences.square_().sum(dim=1)[: len(row)])
         distances = torch.full_like(candidates, torch.inf, dtype=queries.dtype)
         distances[within] = torch.cat(sums)
         nearest = distances.sort(dim=1, stable=True)
