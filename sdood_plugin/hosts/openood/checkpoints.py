@@ -39,7 +39,9 @@ def load_checkpoint(
     path: str | Path,
     classes: int,
     *,
-    backbone: str | Backbone = "resnet18_cifar",
+    backbone: str = "resnet18_cifar",
+    pooling: str = "own",
+    input_size: int | None = None,
     normalisation: str | Normalisation | None = "cifar10",
 ) -> SDOODNet:
     """Any checkpoint the host's user may have, in evaluation mode on the CPU.
@@ -50,8 +52,9 @@ def load_checkpoint(
     Args:
         path: Our .safetensors (or run folder), the host recorder's `best.ckpt` of our network, or a stock ResNet-18.
         classes: C, checked against the checkpoint's.
-        backbone: The backbone a `best.ckpt` of ours was trained with: its name, or one of its pooling and input size, which
-            takes the weights.
+        backbone: The backbone a `best.ckpt` of ours was trained with; the file does not say it.
+        pooling: As `backbone`.
+        input_size: As `backbone`.
         normalisation: What the host's loaders normalise by; stock checkpoints ignore it.
 
     Raises:
@@ -64,10 +67,10 @@ def load_checkpoint(
         return net
     tensors = _read_state(path)
     if any(key.startswith("network.") for key in tensors):
-        network = ThreeHeadNet(Backbone(backbone) if isinstance(backbone, str) else backbone, classes)
+        network = ThreeHeadNet(load_backbone(backbone, None, pooling=pooling, input_size=input_size), classes)
         own = {key.removeprefix("network."): value for key, value in tensors.items()}
         _check_classes(path, len(own.get("g_in.weight", ())), classes)
-        _load(network, own, path, network.backbone.name)
+        _load(network, own, path, backbone)
         return SDOODNet(network, normalisation).eval()
     return _stock(path, tensors, classes)
 
@@ -148,15 +151,14 @@ def build_network(config: Any, classes: int) -> SDOODNet:
         RunError: There are no such weights.
     """
     normalisation, name = str(config.normalization_type), str(config.backbone)
-    weights = None if config.pretrained else config.get("weights") or None
-    backbone = load_backbone(name, weights, pooling=config.get("pooling") or "own", input_size=config.get("input_size") or None)
+    form: dict[str, Any] = {"pooling": config.get("pooling") or "own", "input_size": config.get("input_size") or None}
     if config.pretrained:
-        net = load_checkpoint(str(config.checkpoint), classes, backbone=backbone, normalisation=normalisation)
+        net = load_checkpoint(str(config.checkpoint), classes, backbone=name, normalisation=normalisation, **form)
         found = net.network.backbone.name
         if found != name:
             raise UsageError("network.backbone", name, f"{found} as in {config.checkpoint}", f"set it to {found}")
     else:
-        net = SDOODNet(ThreeHeadNet(backbone, classes), normalisation)
+        net = SDOODNet(ThreeHeadNet(load_backbone(name, config.get("weights") or None, **form), classes), normalisation)
     if config.num_gpus > 0:
         net = net.cuda()
     if config.num_gpus > 1:
