@@ -10,12 +10,11 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.experiment import Rows, data_facts, with_given_labels
 from benchmarks.paired import add_pairs, read_scores
 from benchmarks.record import earlier, mean_and_deviation, write_result
-from sdood_plugin.artifacts import read_csv, read_json
+from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import CompareConfig, as_dict
 from sdood_plugin.context import Context
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
         run(config, folder)
         quality = label_quality(Context(config, folder)) or {}
         extra = {"labels": options.labels, **{f"label_{key}": value for key, value in quality.items()}}
-        rows += [row | extra | called(folder, row) for row in read_json(folder / "metrics.json")["rows"]]
+        rows += [row | extra for row in read_json(folder / "metrics.json")["rows"]]
         scores.append({ood.name: read_scores(folder, ood.name) for ood in base.data.ood})
         done = options.seeds[: options.seeds.index(seed) + 1]
         fakes.append({"seed": seed, **read_json(folder / "comparators" / "fake-it" / "fakes.json")})
@@ -64,14 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
         add_pairs(result, scores)
     print(table(rows))
     return rows
-
-
-def called(folder: Path, row: dict[str, Any]) -> dict[str, float]:
-    """Per cent of the test images and of the row's OOD set that our score calls OOD at the chosen threshold."""
-    sets = {"called_id": "id", "called_ood": row["ood"]} if row["method"] == "sdood" else {}
-    flags = {name: [float(one["called_ood"]) for one in read_csv(folder / "evaluation" / f"scores-{part}.csv")]
-             for name, part in sets.items()}  # fmt: skip
-    return {name: 100 * sum(some) / len(some) for name, some in flags.items()}
 
 
 def table(rows: Rows) -> str:
