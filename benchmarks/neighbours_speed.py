@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.record import device_name, write_result
 from sdood_plugin.neighbours import Bank
-from sdood_plugin.scoring.score import distance_and_votes
+from sdood_plugin.scoring.terms import distance_and_votes
 
 K_DISTANCE, K_VOTE = 2, 5
 SPREAD = {"clustered": 0.4, "collapsed": 0.0316}  # cosine within a class: 0.86 and 0.999

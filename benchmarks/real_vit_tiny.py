@@ -187,9 +187,10 @@ def fit_seed(seed: int, whole: Labelled, made: OutlierFeatures | None, sizes: li
     else:
         outliers, held_outliers = made.split(heldout)
     given = (train.features, outliers.features, held.features, held_outliers.features)
-    small = {size: fit_score(*given, ScoringConfig(bank_size=size)) for size in sizes}
+    kinds = {"outlier_classes": outliers.labels, "heldout_classes": held_outliers.labels}
+    small = {size: fit_score(*given, ScoringConfig(bank_size=size), **kinds) for size in sizes}
     layers = train_heads(train, None, seed), train_heads(train, outliers, seed)
-    return Fitted(train, *layers, fit_score(*given, ScoringConfig()), small)
+    return Fitted(train, *layers, fit_score(*given, ScoringConfig(), **kinds), small)
 
 
 class OutlierFeatures:

@@ -66,11 +66,23 @@ def halves(heldout: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, 
 def detector_chosen_on(images: torch.Tensor, context: Context) -> Detector:
     """The run's detector with alpha and the distance's unit chosen on these held-out images, bool (N,), and their outliers."""
     detector = Detector.load(context.folder, context.accelerator.device)
-    made = OutlierSet(context.folder / "outliers")
-    made = made.take(select(made, context.config.selection).kept & images[made.sources])
+    whole, controls = (OutlierSet(context.folder / name) for name in SETS)
+    kept = select(whole, context.config.selection).kept
+    bank, made = (whole.take(kept & chosen[whole.sources]) for chosen in (~context.heldout, images))
+    controls = controls.take(images[controls.sources])
     fitted, backbone = detector.fitted, detector.network.backbone
-    heldout = [extract(backbone, one, device=detector.device) for one in (context.train.images[images], made.images)]
-    detector.fitted = fit_score(fitted.inside, fitted.outliers, *heldout, fitted.config)
+    heldout = [context.train.images[images], made.images, controls.images]
+    inside, outliers, same = (extract(backbone, one, device=detector.device) for one in heldout)
+    detector.fitted = fit_score(
+        fitted.inside,
+        fitted.outliers,
+        inside,
+        outliers,
+        fitted.config,
+        outlier_classes=bank.labels.to(detector.device),
+        heldout_classes=made.labels.to(detector.device),
+        heldout_controls=same,
+    )
     return detector
 
 

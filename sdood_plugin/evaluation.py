@@ -91,9 +91,11 @@ def _score(run: Context, tests: TestSets, folder: Path) -> list[dict[str, Any]]:
         if run.is_main:
             _write_scores(folder / f"scores-{name}.csv", images, said[-1], detector.threshold)
             write_tensors(folder / f"features-{name}.safetensors", {"features": features.half()})
-    return [
-        row for method, part in PARTS.items() for row in method_rows(run, tests, method, [getattr(one, part) for one in said])
-    ]
+    rows = {part: method_rows(run, tests, method, [getattr(one, part) for one in said]) for method, part in PARTS.items()}
+    called = [100 * float((one.score > detector.threshold).double().mean()) for one in said]
+    for row, share in zip(rows["score"], called[1:], strict=True):
+        row |= {"called_id": called[0], "called_ood": share}  # per cent that the chosen threshold calls OOD
+    return [row for part in rows.values() for row in part]
 
 
 def _write_scores(path: Path, images: ImageSet, said: Verdicts, threshold: float) -> None:

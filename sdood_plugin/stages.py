@@ -173,22 +173,31 @@ def calibrate(run: Context, folder: Path, key: str) -> None:
     from .scoring.storage import save_score
 
     network = place(load_network(run.folder / "detector" / "detector.safetensors"), run.accelerator.device)
-    outliers, heldout_outliers = read_outliers(run, "outliers", False), read_outliers(run, "outliers", True)
     device = run.accelerator.device
-    nothing = torch.empty(0, network.backbone.feature_size, device=device)
 
-    def features(images: torch.Tensor | None) -> torch.Tensor:
-        return extract(network.backbone, images, device=device) if images is not None and len(images) else nothing
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return extract(network.backbone, images, device=device)
 
-    use_outliers = outliers is not None and run.config.detector.outlier_ratio > 0
+    def made(folder: str, heldout: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and classes of outliers or controls; none for a detector that was trained without outliers."""
+        found = read_outliers(run, folder, heldout) if run.config.detector.outlier_ratio > 0 else None
+        if found is None or not len(found.images):
+            return torch.empty(0, network.backbone.feature_size, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        return features(found.images), found.labels.to(device)
+
+    outliers, classes = made("outliers", False)
     heldout = {"ID": features(run.train.images[run.heldout])}
-    heldout["outliers"] = features(heldout_outliers.images if heldout_outliers and use_outliers else None)
+    heldout["outliers"], heldout_classes = made("outliers", True)
+    heldout["controls"], _ = made("controls", True)
     score = fit_score(
         features(run.train.images[~run.heldout]),
-        features(outliers.images if outliers and use_outliers else None),
+        outliers,
         heldout["ID"],
         heldout["outliers"],
         run.config.scoring,
+        outlier_classes=classes,
+        heldout_classes=heldout_classes,
+        heldout_controls=heldout["controls"],
     )
     if run.is_main:
         save_score(run.folder / "detector", score)

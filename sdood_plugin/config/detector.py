@@ -87,7 +87,7 @@ class ScoringConfig:
         k_vote: Neighbours among in-distribution images and outliers that vote.
         normalise: Scale features to unit length.
         alpha: Weight of the votes against the distance in units of its held-out median; null chooses it from `alphas`
-            on held-out images and held-out outliers.
+            on held-out images and controls against held-out outliers that find none of their own class in the bank.
         alphas: Candidates for alpha.
         false_alarm_rate: Share of in-distribution images the decision threshold may reject.
         bank_size: Rows of both banks together at most, by k-means centres in place of images, k_distance or more of them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,48 +14,11 @@ from ..errors import RunError, UsageError
 from ..metrics import auroc_standard_error, detection_metrics
 from ..neighbours import Bank
 from .reduction import reduce_banks
+from .terms import Terms, distance_and_votes, terms_without_own_class
 from .threshold import Threshold, choose_threshold, p_values
 
+log = logging.getLogger(__name__)
 _ROUNDING = 8 * torch.finfo(torch.float32).eps  # of a feature, as a share of its norm: two passes over one image may differ so
-
-
-def distance_and_votes(
-    features: torch.Tensor, inside: Bank, outliers: Bank | None, k_distance: int, k_vote: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the score, from one pass over the joint bank: each image meets each row once.
-
-    The nearest of both banks together are among the nearest of each, so the vote needs no search of its own.
-
-    Args:
-        features: float32 or float64 (B, D) of the images to score.
-        inside: N in-distribution training features.
-        outliers: M outlier features; None gives no votes.
-        k_distance: Neighbours whose squared distances are summed.
-        k_vote: Neighbours in both banks together that vote.
-
-    Returns:
-        (distance, votes), both (B,) in the features' dtype: sum of squared distances to the k_distance nearest ID features,
-        and how many of the k_vote nearest of both banks are outliers (at equal distance, but for the rounding of float64
-        sums, ID comes first).
-
-    Raises:
-        UsageError: A k is larger than its bank.
-    """
-    both_sizes = len(inside) + (0 if outliers is None else len(outliers))
-    if k_distance > len(inside):
-        raise UsageError("k_distance", k_distance, f"at most {len(inside)}, the in-distribution bank", "lower scoring.k_distance")
-    if outliers is None:
-        distances, _ = inside.nearest(features, k_distance)
-        return distances.sum(dim=1).to(features.dtype), features.new_zeros(len(features))
-    if k_vote > both_sizes:
-        raise UsageError("k_vote", k_vote, f"at most {both_sizes}, the size of both banks", "lower scoring.k_vote")
-    near_inside, _ = inside.nearest(features, min(len(inside), max(k_distance, k_vote)))
-    near_outliers, _ = outliers.nearest(features, min(len(outliers), k_vote))
-    rounding = (features.shape[1] + 2) * torch.finfo(near_outliers.dtype).eps  # of the same sum in two orders
-    both = torch.cat([near_inside[:, :k_vote], near_outliers * (1 + rounding)], dim=1)
-    first = both.sort(dim=1, stable=True).indices[:, :k_vote]
-    votes = (first >= min(k_vote, near_inside.shape[1])).sum(dim=1)
-    return near_inside[:, :k_distance].sum(dim=1).to(features.dtype), votes.to(features.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,7 +28,9 @@ class Calibration:
     Attributes:
         distance_scale: Median distance term of held-out ID images, which the distance is divided by.
         alpha: Weight of the votes.
-        curve: AUROC of held-out outliers against held-out ID for each candidate alpha, as [alpha, per cent] pairs.
+        curve: AUROC of held-out outliers, without outliers of their class in the bank, against held-out images and controls
+            for each candidate alpha, as [alpha, per cent] pairs.
+        votes: Mean votes of the held-out `ID`, `controls` and `outliers`, as far as they are there, when alpha was chosen.
         threshold: Score above which an image is called OOD.
         false_alarm_rate: Share of new ID images above it at most, on average over held-out sets, as asked for.
         false_alarm_interval: 95 % interval of the share of new ID images above it.
@@ -74,6 +40,7 @@ class Calibration:
     distance_scale: float
     alpha: float
     curve: list[list[float]]
+    votes: dict[str, float]
     threshold: float
     false_alarm_rate: float
     false_alarm_interval: list[float]
@@ -102,10 +69,9 @@ class Score:
     def _banks(self) -> tuple[Bank, Bank | None]:
         return _banks(self.inside, self.outliers, self.config)
 
-    def terms(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def terms(self, features: torch.Tensor) -> Terms:
         """(distance / its held-out median, votes) of float (B, D) features, each float (B,)."""
-        distance, votes = _terms(features, self._banks, self.config)
-        return distance / self.calibration.distance_scale, votes
+        return _terms(features, self._banks, self.config).over(self.calibration.distance_scale)
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """The score, float (B,), of float (B, D) features; larger = more OOD."""
@@ -132,7 +98,7 @@ def _banks(inside: torch.Tensor, outliers: torch.Tensor, config: ScoringConfig) 
     return Bank(inside, backend=config.backend), Bank(outliers, backend=config.backend) if len(outliers) else None
 
 
-def _terms(features: torch.Tensor, banks: tuple[Bank, Bank | None], config: ScoringConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _terms(features: torch.Tensor, banks: tuple[Bank, Bank | None], config: ScoringConfig) -> Terms:
     return distance_and_votes(_prepare(features, config.normalise), *banks, config.k_distance, config.k_vote)
 
 
@@ -142,12 +108,18 @@ def fit_score(
     heldout_inside: torch.Tensor,
     heldout_outliers: torch.Tensor,
     config: ScoringConfig,
+    *,
+    outlier_classes: torch.Tensor | None = None,
+    heldout_classes: torch.Tensor | None = None,
+    heldout_controls: torch.Tensor | None = None,
 ) -> Score:
     """Build the banks and choose alpha, the distance's scale and the threshold on held-out data.
 
-    alpha is the smallest candidate whose held-out AUROC is within one standard error of the best one's (the rule of
-    Breiman et al. 1984 for choosing the simplest model): held-out outliers come from the generator the network was
-    trained against, so the plain maximum would trust the votes too much on anything else.
+    alpha is to be right for outliers of other kinds than those at hand, which come from one generator and which the network
+    was trained against. So it is chosen on held-out outliers that find no outlier of their own class in the bank (what
+    Meredig et al. 2018 do with clusters to measure extrapolation), and against held-out images and controls together: a
+    control is as generated as an outlier, so that votes for being generated count for nothing. It is the smallest candidate
+    whose AUROC is within one standard error of the best one's (the rule of Breiman et al. 1984 for the simplest model).
 
     Args:
         inside: float (N, D) features of in-distribution training images.
@@ -155,22 +127,62 @@ def fit_score(
         heldout_inside: float (P, D), images no training has seen, P > 0.
         heldout_outliers: float (Q, D), outliers made of those; Q may be 0, then alpha is 0 unless it is set.
         config: The settings.
+        outlier_classes: int64 (M,), the class each outlier was made of; None, or one class alone, leaves none out.
+        heldout_classes: int64 (Q,), the same of the held-out ones.
+        heldout_controls: float (R, D), same-class controls made of the held-out images.
 
     Raises:
-        UsageError: Features that are not finite, or a k larger than its bank.
+        UsageError: Features that are not finite, classes of another number, or a k larger than its bank.
         RunError: Half of the held-out images are in the bank, or as near to it as rounding is.
     """
-    names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier")
-    for name, features in zip(names, (inside, outliers, heldout_inside, heldout_outliers), strict=True):
+    controls = heldout_inside[:0] if heldout_controls is None else heldout_controls
+    names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier", "held-out control")
+    for name, features in zip(names, (inside, outliers, heldout_inside, heldout_outliers, controls), strict=True):
         _require_finite(features, name)
+    for name, given, features in (
+        ("outlier_classes", outlier_classes, outliers),
+        ("heldout_classes", heldout_classes, heldout_outliers),
+    ):
+        if given is not None and len(given) != len(features):
+            raise UsageError(name, f"{len(given)} classes", f"{len(features)}, one an outlier", "give them of the same outliers")
     prepared = _prepare(inside, config.normalise), _prepare(outliers, config.normalise)
+    whole = _banks(*prepared, config)
+    near = _terms(heldout_inside, whole, config)
+    scale = _scale(near, heldout_inside, config)
+    far = _outlier_terms(whole, heldout_outliers, outlier_classes, heldout_classes, config)
+    found = {"ID": near, "controls": _terms(controls, whole, config), "outliers": far}
+    alpha, curve = _choose_alpha({name: terms.over(scale) for name, terms in found.items()}, config)
     reduced = reduce_banks(prepared, config.bank_size, config.k_distance)
     inside, outliers = (  # centres lie within the unit sphere; what is normalised already would move by its rounding
-        bank if bank is whole else _prepare(bank, config.normalise) for bank, whole in zip(reduced, prepared, strict=True)
+        bank if bank is first else _prepare(bank, config.normalise) for bank, first in zip(reduced, prepared, strict=True)
     )
-    banks = _banks(inside, outliers, config)
-    distance, votes = _terms(heldout_inside, banks, config)
-    scale, least = float(distance.median()), _rounding_distance(heldout_inside, config)
+    if inside is not prepared[0] or outliers is not prepared[1]:
+        near = _terms(heldout_inside, _banks(inside, outliers, config), config)
+        scale = _scale(near, heldout_inside, config)
+    scores = (near.distance / scale + alpha * near.votes).sort().values.cpu()
+    threshold = choose_threshold(scores, config.false_alarm_rate)
+    votes = {name: float(terms.votes.mean()) for name, terms in found.items() if len(terms.votes)}
+    _warn_of_votes(votes, config.k_vote)
+    calibration = Calibration(
+        scale,
+        alpha,
+        curve,
+        votes,
+        threshold.value,
+        config.false_alarm_rate,
+        [threshold.low, threshold.high],
+        [len(heldout_inside), len(heldout_outliers)],
+    )
+    return Score(inside, outliers, config, calibration, scores)
+
+
+def _scale(near: Terms, heldout: torch.Tensor, config: ScoringConfig) -> float:
+    """The median distance of held-out images.
+
+    Raises:
+        RunError: It is no larger than rounding makes it.
+    """
+    scale, least = float(near.distance.median()), _rounding_distance(heldout, config)
     if scale <= least:
         raise RunError(
             "median distance of held-out images",
@@ -178,23 +190,7 @@ def fit_score(
             f"above {least:.2g}, which rounding alone makes",
             "remove duplicate images or train a backbone that tells images apart",
         )
-    near, far = (distance / scale, votes), None
-    if len(heldout_outliers) and len(outliers):
-        far_distance, far_votes = _terms(heldout_outliers, banks, config)
-        far = far_distance / scale, far_votes
-    alpha, curve = _choose_alpha(near, far, config)
-    scores = (near[0] + alpha * near[1]).sort().values.cpu()
-    threshold = choose_threshold(scores, config.false_alarm_rate)
-    calibration = Calibration(
-        scale,
-        alpha,
-        curve,
-        threshold.value,
-        config.false_alarm_rate,
-        [threshold.low, threshold.high],
-        [len(heldout_inside), len(heldout_outliers)],
-    )
-    return Score(inside, outliers, config, calibration, scores)
+    return scale
 
 
 def _rounding_distance(features: torch.Tensor, config: ScoringConfig) -> float:
@@ -210,17 +206,46 @@ def _require_finite(features: torch.Tensor, name: str) -> None:
         raise UsageError(f"{name} features", f"NaN or infinity in row {broken[0]}", expected, "check that image and the backbone")
 
 
-Terms = tuple[torch.Tensor, torch.Tensor]  # scaled distance and votes, float (B,) each
+def _outlier_terms(
+    banks: tuple[Bank, Bank | None],
+    heldout: torch.Tensor,
+    classes: torch.Tensor | None,
+    own: torch.Tensor | None,
+    config: ScoringConfig,
+) -> Terms:
+    """The terms of held-out outliers; where there are outliers of other classes, the bank lacks those of their own."""
+    inside, outliers = banks
+    if outliers is None or not len(heldout) or classes is None or own is None or len(classes.unique()) < 2:
+        return _terms(heldout, banks, config)
+    prepared = _prepare(heldout, config.normalise)
+    return terms_without_own_class(prepared, own, inside, outliers, classes, config.k_distance, config.k_vote)
 
 
-def _choose_alpha(near: Terms, far: Terms | None, config: ScoringConfig) -> tuple[float, list[list[float]]]:
-    """alpha, and the AUROC at every candidate; without held-out outliers alpha is 0 unless it is set."""
-    if far is None:
+def _choose_alpha(heldout: dict[str, Terms], config: ScoringConfig) -> tuple[float, list[list[float]]]:
+    """alpha, and the AUROC at every candidate; without held-out outliers alpha is 0 unless it is set.
+
+    Args:
+        heldout: The terms of the held-out `ID`, `controls` and `outliers`.
+        config: The settings.
+    """
+    inside, outside = [heldout["ID"], heldout["controls"]], [heldout["outliers"]]
+    if not len(heldout["outliers"].votes):
         return config.alpha or 0.0, []
     curve: list[list[float]] = []
     for candidate in sorted(config.alphas) if config.alpha is None else [config.alpha]:
-        inside, outside = ((distance + candidate * votes).cpu() for distance, votes in (near, far))
-        curve.append([candidate, detection_metrics(inside, outside)["auroc"]])
+        sides = (torch.cat([one.distance + candidate * one.votes for one in side]).cpu() for side in (inside, outside))
+        curve.append([candidate, detection_metrics(*sides)["auroc"]])
     best = max(auroc for _, auroc in curve)
-    allowed = best - auroc_standard_error(best, len(near[0]), len(far[0]))
+    allowed = best - auroc_standard_error(best, sum(len(one.votes) for one in inside), len(outside[0].votes))
     return next(candidate for candidate, auroc in curve if auroc >= allowed), curve
+
+
+def _warn_of_votes(votes: dict[str, float], k_vote: int) -> None:
+    """Say so where controls, which show what their sources show, get votes as outliers do."""
+    if votes.get("controls", 0.0) > votes.get("outliers", 0.0) / 2:
+        log.warning(
+            "of %d votes held-out controls get %.1f, held-out outliers %.1f, images %.1f: the votes tell what is generated from "
+            "what is real, and not what it shows. Train the detector longer, or start it from pre-trained weights",
+            k_vote,
+            *(votes.get(name, 0.0) for name in ("controls", "outliers", "ID")),
+        )

@@ -13,7 +13,7 @@ from sdood_plugin.artifacts import read_json, write_json
 from sdood_plugin.config import ScoringConfig
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.neighbours import Bank
-from sdood_plugin.scoring import score as score_module
+from sdood_plugin.scoring import terms as terms_module
 from sdood_plugin.scoring.reduction import reduce_banks
 from sdood_plugin.scoring.score import fit_score
 from sdood_plugin.scoring.storage import load_score, save_score
@@ -23,7 +23,7 @@ FAISS = find_spec("faiss") is not None
 
 def distance_and_votes(features, inside, outliers, k_distance, k_vote):
     banks = Bank(inside), None if outliers is None or not len(outliers) else Bank(outliers)
-    return score_module.distance_and_votes(features, *banks, k_distance, k_vote)
+    return terms_module.distance_and_votes(features, *banks, k_distance, k_vote)
 
 
 def squared(a, b):
@@ -91,7 +91,7 @@ def test_a_row_in_both_banks_is_a_tie_in_whatever_order_its_squares_are_summed(g
     features = torch.randn(40, 64, generator=generator)
     inside, outliers = Bank(features), Bank(features)
     monkeypatch.setattr(Bank, "nearest", rounded)
-    votes = score_module.distance_and_votes(torch.randn(30, 64, generator=generator), inside, outliers, 1, 3)[1]
+    votes = terms_module.distance_and_votes(torch.randn(30, 64, generator=generator), inside, outliers, 1, 3)[1]
     assert (votes == 1).all()  # inside, outlier, inside
 
 
@@ -172,6 +172,68 @@ def test_alpha_is_the_smallest_candidate_within_a_standard_error_of_the_best(gen
     best = max(value for _, value in curve)
     assert calibration.alpha == next(alpha for alpha, value in curve if value >= best - standard_error(best, count, count))
     assert 0 < calibration.alpha  # the smallest of all is not close enough here
+
+
+@pytest.mark.parametrize("controls", [0, 15])
+@pytest.mark.parametrize("k_vote", [5, 20])  # 20 is more than the images and the outliers of the other classes
+def test_alpha_is_chosen_on_outliers_of_kinds_the_bank_lacks_against_images_and_controls(generator, banks, controls, k_vote):
+    _, inside, outliers = banks
+    near, far = heldout(generator, 30)
+    same = torch.randn(controls, 4, generator=generator) + 0.2
+    classes, own = torch.arange(9) % 3, torch.arange(30) % 4  # the bank has none of class 3
+    config = ScoringConfig(k_vote=k_vote, normalise=False, alphas=[0.0, 0.1, 1.0])
+    kinds = {"outlier_classes": classes, "heldout_classes": own}
+    calibration = fit_score(inside, outliers, near, far, config, **kinds, heldout_controls=same).calibration
+    scale = sorted(naive_terms(near, inside, outliers, 2, k_vote)[0].tolist())[14]
+    d_near, v_near = naive_terms(torch.cat([near, same]), inside, outliers, 2, k_vote)
+    each = [naive_terms(far[[row]], inside, outliers[classes != own[row]], 2, k_vote) for row in range(30)]
+    d_far, v_far = (torch.cat(column) for column in zip(*each, strict=True))
+    curve = [
+        [alpha, naive_auroc((d_near / scale + alpha * v_near).tolist(), (d_far / scale + alpha * v_far).tolist())]
+        for alpha in (0.0, 0.1, 1.0)
+    ]
+    assert np.array(calibration.curve) == pytest.approx(np.array(curve))
+    best, count = max(value for _, value in curve), 30 + controls
+    assert calibration.alpha == next(alpha for alpha, value in curve if value >= best - standard_error(best, count, 30))
+    votes = {"ID": v_near[:30], "outliers": v_far} | ({"controls": v_near[30:]} if controls else {})
+    assert calibration.votes == pytest.approx({name: float(values.mean()) for name, values in votes.items()})
+    assert calibration.distance_scale == pytest.approx(scale)
+
+
+def test_votes_that_know_only_the_kinds_at_hand_are_given_no_weight(generator):
+    inside = torch.randn(60, 2, generator=generator)
+    places = torch.tensor([[0.3, 0.0], [-0.3, 0.0]])  # two kinds amid the images: only votes of one's own kind can tell
+    kinds = torch.arange(40) % 2
+    outliers, far = (places[kinds] + 0.01 * torch.randn(40, 2, generator=generator) for _ in range(2))
+    config = ScoringConfig(normalise=False)
+    given = inside, outliers, torch.randn(60, 2, generator=generator), far, config
+    assert fit_score(*given).calibration.alpha > 0
+    left_out = fit_score(*given, outlier_classes=kinds, heldout_classes=kinds)
+    assert left_out.calibration.alpha == 0 and left_out.calibration.votes["outliers"] < 1
+    one = torch.zeros(40, dtype=torch.int64)  # no class to leave out
+    assert fit_score(*given, outlier_classes=one, heldout_classes=one).calibration == fit_score(*given).calibration
+
+
+def test_votes_for_being_generated_are_given_no_weight_and_said(generator, caplog):
+    inside, near = torch.randn(2, 60, 3, generator=generator)
+    mark = torch.tensor([0.0, 0.0, 9.0])  # what every generated image has, whatever it shows
+    outliers, far, controls = mark + torch.randn(3, 60, 3, generator=generator)
+    config = ScoringConfig(normalise=False)
+    assert not fit_score(inside, outliers, near, near, config).calibration.votes.get("controls")
+    assert not caplog.records
+    calibration = fit_score(inside, outliers, near, far, config, heldout_controls=controls).calibration
+    assert calibration.votes["controls"] == pytest.approx(5) == calibration.votes["outliers"]
+    assert "generated from what is real" in caplog.text and "5.0, held-out outliers 5.0, images 0.0" in caplog.text
+    alone = fit_score(inside, outliers, near, far, config).calibration
+    assert calibration.curve[-1][1] < 80 < 99 < alone.curve[-1][1]
+
+
+@pytest.mark.parametrize("name", ["outlier_classes", "heldout_classes"])
+def test_refuses_classes_of_other_outliers(generator, banks, name):
+    _, inside, outliers = banks
+    classes = {"outlier_classes": torch.zeros(9), "heldout_classes": torch.zeros(21)} | {name: torch.zeros(7)}
+    with pytest.raises(UsageError, match=f"{name}.*7 classes"):
+        fit_score(inside, outliers, *heldout(generator), ScoringConfig(), **classes)
 
 
 @pytest.mark.parametrize(("shift", "expected"), [("distance tells", 0.0), ("votes tell", 10.0)])
@@ -263,7 +325,7 @@ def test_terms_of_awkward_features_equal_the_loops(generator, backend, kind):
         "tight": 1 + 1e-4 * noise,
     }[kind]
     queries, inside, outliers = features[::3], features[1::3], features[2::3] + (0 if kind == "constant" else 1e-4)
-    terms = score_module.distance_and_votes(queries, Bank(inside, backend=backend), Bank(outliers, backend=backend), 2, 5)
+    terms = terms_module.distance_and_votes(queries, Bank(inside, backend=backend), Bank(outliers, backend=backend), 2, 5)
     expected = naive_terms(queries, inside, outliers, 2, 5)
     torch.testing.assert_close(terms[0].double(), expected[0], rtol=1e-5, atol=0)
     assert torch.equal(terms[1].double(), expected[1])
@@ -310,15 +372,13 @@ def test_a_reduced_bank_has_images_for_the_distance(generator, images, made, siz
     assert (len(score.inside), len(score.outliers)) == (kept, size - kept if made else 0)
 
 
-@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 4])
 def test_a_feature_that_is_not_finite_is_named_by_its_set_and_row(generator, banks, place):
-    given = [part.clone() for part in (banks[1], banks[2], *heldout(generator))]
+    given = [part.clone() for part in (banks[1], banks[2], *heldout(generator), banks[0])]
     given[place][6, 1] = math.nan
-    with pytest.raises(
-        UsageError,
-        match=f"{['in-distribution', 'outlier', 'held-out in-distribution', 'held-out outlier'][place]} features.*row 6",
-    ):
-        fit_score(*given, ScoringConfig())
+    names = ["in-distribution", "outlier", "held-out in-distribution", "held-out outlier", "held-out control"]
+    with pytest.raises(UsageError, match=f"{names[place]} features.*row 6"):
+        fit_score(*given[:4], ScoringConfig(), heldout_controls=given[4])
 
 
 @pytest.mark.parametrize(("field", "value"), [("bank_size", 3), ("backend", "annoy"), ("false_alarm_rate", 1.0), ("k_vote", 0)])

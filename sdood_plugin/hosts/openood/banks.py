@@ -86,18 +86,18 @@ def loader_features(net: nn.Module, loader: Any, transform: Any, what: str) -> t
     return _features(net, (batch[key] for batch in loader), what)
 
 
-def outlier_features(
-    net: nn.Module, outliers: OutlierSet, transform: Any, batch_size: int = 200
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (bank, held out) of outliers whose images went the way the host's own go; every tenth source is held out."""
+def outlier_features(net: nn.Module, outliers: OutlierSet, transform: Any, batch_size: int = 200) -> dict[str, torch.Tensor]:
+    """What `fit_score` is given of outliers whose images went the way the host's own go; every tenth source is held out."""
     from PIL import Image
 
     arrays = outliers.images.permute(0, 2, 3, 1).numpy()
     chunks = (range(start, min(start + batch_size, len(arrays))) for start in range(0, len(arrays), batch_size))
     images = (torch.stack([transform(Image.fromarray(arrays[row])) for row in rows]) for rows in chunks)
     features = _features(net, images, f"outliers {outliers.folder}")
+    classes = outliers.labels.to(features.device)
     heldout = (outliers.sources.unique(return_inverse=True)[1] % 10 == 9).to(features.device)
-    return features[~heldout], features[heldout]
+    bank = {"outliers": features[~heldout], "outlier_classes": classes[~heldout]}
+    return bank | {"heldout_outliers": features[heldout], "heldout_classes": classes[heldout]}
 
 
 def _stored_score(folder: Path, net: nn.Module) -> Score:

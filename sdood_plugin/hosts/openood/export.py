@@ -23,7 +23,7 @@ from .yamls import write_yamls
 
 IMAGES, LISTS, CONFIGS = Path("images_classic/sdood"), Path("benchmark_imglist/sdood"), Path("sdood")
 # splits of what was generated, by whether its source is held out
-MADE = {"outliers": {False: "oe", True: "oe_heldout"}, "controls": {False: "controls"}}
+MADE = {"outliers": {False: "oe", True: "oe_heldout"}, "controls": {False: "controls", True: "controls_heldout"}}
 
 
 def export_openood(run_folder: str | Path, dest: str | Path) -> str:
@@ -166,9 +166,8 @@ def _write_configs(context: Context, classes: int, lists: dict[str, int], groups
         "oe": round(detector.outlier_ratio * detector.batch_size),
         "controls": round(detector.control_ratio * detector.batch_size),
     }
-    splits = [
-        name for name in ("train", "oe", "val", "test", "controls", "oe_heldout") if lists.get(name) and wanted.get(name, 1)
-    ]
+    known = ("train", "oe", "val", "test", "controls", "oe_heldout", "controls_heldout")
+    splits = [name for name in known if lists.get(name) and wanted.get(name, 1)]
 
     def entry(split: str) -> dict[str, Any]:
         return {"data_dir": f"{root / IMAGES.parent}/", "imglist_pth": str(root / LISTS / f"{split}.txt")}

@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 class TrainSDOOD:
     """Trains the three heads from a host config and leaves, beside the recorder's checkpoints, a detector folder.
 
-    The data set needs the splits train, oe (outliers), val and test; `controls` (counted as ID) and `oe_heldout`
-    (outliers of held-out sources, for alpha) are used where they are. The host augments `train` only; here outliers and
-    controls get the same transform, because otherwise the black border of a random crop would tell ID from outlier.
-    `detector.safetensors`, `bank.safetensors` and `score.json` hold the last epoch's network and the score calibrated
-    on val: what `SDOODPostprocessor` and `load_detector` take.
+    The data set needs the splits train, oe (outliers), val and test; `controls` (counted as ID) and, of held-out sources
+    and for alpha alone, `oe_heldout` and `controls_heldout` are used where they are. The host augments `train` only; here
+    outliers and controls get the same transform, because otherwise the black border of a random crop would tell ID from
+    outlier. `detector.safetensors`, `bank.safetensors` and `score.json` hold the last epoch's network and the score
+    calibrated on val: what `SDOODPostprocessor` and `load_detector` take.
 
     With several GPUs the host starts a process for each and its loaders give each a share of the images, BatchNorm works
     over all shares as in the host's own pipelines, and the banks, made by one process, are of all images all the same.
@@ -132,15 +132,29 @@ def _write_detector(net: SDOODNet, loaders: dict[str, Any], folder: Path) -> Non
     net.eval()
     device = next(net.parameters()).device
 
-    def features(split: str) -> torch.Tensor:
+    def features(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and labels of a split, of an absent one none."""
         if split not in loaders:
-            return torch.empty(0, net.feature_size, device=device)
-        return torch.cat([net(batch["data_aux"].to(device), return_feature=True)[1].float() for batch in loaders[split]])
+            return torch.empty(0, net.feature_size, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        found = [(net(batch["data_aux"].to(device), return_feature=True)[1], batch["label"]) for batch in loaders[split]]
+        made, labels = (torch.cat(column) for column in zip(*found, strict=True))
+        return made.float(), labels.to(device)
 
     if "oe_heldout" not in loaders:
         log.warning("no split oe_heldout: the score is the distance alone, its votes have no held-out outliers to be weighed by")
     save_network(folder / "detector.safetensors", net.network)
-    save_score(folder, fit_score(features("train"), features("oe"), features("val"), features("oe_heldout"), ScoringConfig()))
+    (outliers, classes), (heldout, heldout_classes) = features("oe"), features("oe_heldout")
+    score = fit_score(
+        features("train")[0],
+        outliers,
+        features("val")[0],
+        heldout,
+        ScoringConfig(),
+        outlier_classes=classes,
+        heldout_classes=heldout_classes,
+        heldout_controls=features("controls_heldout")[0],
+    )
+    save_score(folder, score)
 
 
 @contextlib.contextmanager

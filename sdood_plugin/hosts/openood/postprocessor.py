@@ -119,7 +119,7 @@ class SDOODPostprocessor(BasePostprocessor):
         self.features["inside"] = loader_features(net, id_loader_dict["train"], transform, "ID loader `train`")
         if opened is None:
             return
-        self.features["outliers"], self.features["heldout_outliers"] = outlier_features(net, opened, transform)
+        self.features |= outlier_features(net, opened, transform)
         if not len(self.features["heldout_outliers"]) and self.config_.alpha is None:
             log.warning("%s: fewer than 10 sources, none is held out to choose alpha by: the votes count nothing", opened.folder)
 

@@ -86,7 +86,7 @@ class SDOOD(FeaturesDetector):
         self.seed = seed
         self.image_size: int | None = None  # of the run's images; `from_run` sets it
         self.score_: Score | None = None
-        self._fitted: tuple[Tensor, ...] | None = None  # features as given: ID, outliers, and what of each is held out
+        self._fitted: tuple[Tensor, ...] | None = None  # features of ID and outliers, those held out, both outliers' targets
 
     def fit(self, data_loader: DataLoader) -> SDOOD:
         """Encode every batch (x, y) of the loader and fit.
@@ -113,7 +113,9 @@ class SDOOD(FeaturesDetector):
 
         Args:
             x: float (N, D).
-            y: (N,), below 0 for outliers; which class an ID sample has does not matter.
+            y: (N,), below 0 for outliers, of which those with the same number are of one kind (`outlier_target` of their
+                source's class): alpha is chosen on outliers of kinds that the bank lacks, where there are two or more. Which
+                class an ID sample has does not matter.
             heldout: bool (N,), the samples to hold out; None draws `heldout_fraction` of both kinds by `seed`.
 
         Raises:
@@ -132,13 +134,14 @@ class SDOOD(FeaturesDetector):
                 "add the ID training set to the loader",
             )
         device = self.device or x.device
-        x, inside = x.detach().to(device), inside.to(device)
+        x, y, inside = x.detach().to(device), y.to(device), inside.to(device)
         kept_out = self._draw(inside) if heldout is None else heldout.to(device)
         if kept_out.shape != y.shape or kept_out.dtype != torch.bool:
             raise UsageError(
                 "heldout", f"{kept_out.dtype} {tuple(kept_out.shape)}", f"bool ({len(y)},)", "give one flag a sample"
             )
         parts = tuple(x[group & chosen] for chosen in (~kept_out, kept_out) for group in (inside, ~inside))
+        parts += y[~inside & ~kept_out], y[~inside & kept_out]
         if not len(parts[0]) or not len(parts[2]):
             raise UsageError(
                 "ID samples",
@@ -324,8 +327,9 @@ class SDOOD(FeaturesDetector):
                     f"at most {limit}, the size of {bank} without the held-out samples",
                     f"lower {name} or fit on more samples",
                 )
-        kept, kept_outliers, heldout, heldout_outliers = parts
+        kept, kept_outliers, heldout, heldout_outliers, classes, heldout_classes = parts
         values = {name: getattr(self, name) for name in ("k_distance", "k_vote", "normalise", "alpha")}
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         config = ScoringConfig(**plain)  # a search over numpy's ranges gives its numbers
-        return fit_score(kept, kept_outliers, heldout, heldout_outliers, config)
+        kinds = {"outlier_classes": classes, "heldout_classes": heldout_classes}
+        return fit_score(kept, kept_outliers, heldout, heldout_outliers, config, **kinds)
