@@ -1,10 +1,12 @@
-"""Which part of the score tells: distance, vote, both, g_bin, MSP, energy, over finished runs; and t-SNE early and late.
+"""Which part of the score tells: distance, vote, both, g_bin, MSP, energy; how alpha is best chosen; t-SNE early and late.
 
     python -m benchmarks.demo --labels hidden        # leaves the runs that are read when none are named
     python -m benchmarks.scoring [RUN ...]
 
 Every run's detector scores its own test sets. `by_class` in the result is the AUROC of an OOD set against the ID test images
-of one true class; `chosen` is what held-out data decided in each run. For the figure (Fig. 3 of the paper) the first run's
+of one true class; `chosen` is what held-out data decided in each run. The rows `both, alpha by ...` choose alpha in other
+ways: on `outliers` as they come against images, with their own `classes` left out of the bank, against images and `controls`,
+or (the score's own way) both. For the figure (Fig. 3 of the paper) the first run's
 detector is trained again for `--early-epochs`, with the learning rate falling to 0 in that time, and its features stand
 beside those of the run's own.
 """
@@ -31,11 +33,18 @@ from sdood_plugin.data.images import spread
 from sdood_plugin.evaluation import TestSets, method_rows, read_tests
 from sdood_plugin.features import extract
 from sdood_plugin.metrics import detection_metrics
+from sdood_plugin.scoring.score import fit_score
 
 ROOT = Path(__file__).parent.parent
 PARTS = {"score": "both", "distance": "distance", "votes": "vote", "g_bin": "g_bin", "msp": "msp", "energy": "energy"}
 POINTS = 200  # of each set in the figure
 COLOURS = {"id": "#2b6cb0", "outliers": "#d69e2e"}
+RULES = {  # how alpha is chosen -> what of the held-out data is not told
+    "outliers": ("outlier_classes", "heldout_classes", "heldout_controls"),
+    "classes": ("heldout_controls",),
+    "controls": ("outlier_classes", "heldout_classes"),
+    "classes and controls": (),
+}
 OOD_COLOURS = ("#c53030", "#805ad5", "#dd6b20", "#744210")
 
 
@@ -46,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("runs", type=Path, nargs="*", default=default, help="run folders of `sdood run`, one a seed")
     parser.add_argument("--early-epochs", type=int, default=1)
     parser.add_argument("--suffix", default="")
+    parser.add_argument("--note", help="a sentence to stand in the result")
     return parser.parse_args()
 
 
@@ -73,6 +83,19 @@ def ablation(run: Context, tests: TestSets) -> tuple[list[dict[str, Any]], list[
                 row = {"method": method, "seed": run.config.seed, "ood": name, "id_class": label, "auroc": auroc}
                 by_class.append(row | {"n_id": int((true == label).sum()), "n_ood": len(outside)})
     return rows, by_class
+
+
+def alphas(run: Context, tests: TestSets) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """(rows by way of choosing alpha and OOD set, alpha by way)."""
+    network = Detector.load(run.folder).network
+    given = stages.score_features(run, network)
+    features = [extract(network.backbone, images.images) for images in tests.sets]
+    rows, found = [], {}
+    for name, untold in RULES.items():
+        score = fit_score(config=run.config.scoring, **{part: value for part, value in given.items() if part not in untold})
+        rows += method_rows(run, tests, f"both, alpha by {name}", [score(one) for one in features])
+        found[name] = score.calibration.alpha
+    return rows, found
 
 
 def early_network(run: Context, epochs: int) -> nn.Module:
@@ -148,15 +171,17 @@ def main() -> None:
     if absent:
         raise SystemExit(f"no finished run in {', '.join(absent)}: name run folders, or run `python -m benchmarks.demo` first")
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {"by_class": [], "chosen": []}
+    facts: dict[str, Any] = {"by_class": [], "chosen": []} | ({"note": settings.note} if settings.note else {})
     configs: list[Any] = []
     name, seeds = f"scoring{settings.suffix}", []
     for folder in settings.runs:
         run, tests = opened(folder)
         found, by_class = ablation(run, tests)
-        rows += found
+        others, alpha = alphas(run, tests)
+        rows += found + others
         facts["by_class"] += by_class
-        facts["chosen"].append({"seed": run.config.seed, **read_json(folder / "detector" / "score.json")["calibration"]})
+        chosen = read_json(folder / "detector" / "score.json")["calibration"]
+        facts["chosen"].append({"seed": run.config.seed, **chosen, "alpha_by": alpha})
         configs.append(as_dict(run.config))
         seeds.append(run.config.seed)
         facts["data"] = {"train": len(run.train), **dict(zip(tests.names, map(len, tests.sets), strict=True))}
@@ -165,10 +190,10 @@ def main() -> None:
     facts["tsne"] = early_and_late(*opened(settings.runs[0]), settings.early_epochs)
     draw(write_result(name, configs, seeds, rows, facts, device=run.config.device), file)
     oods = list(dict.fromkeys(row["ood"] for row in rows))
-    for method in PARTS.values():
+    for method in dict.fromkeys(row["method"] for row in rows):
         cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == ood]) for ood in oods]
         print(
-            method.ljust(12)
+            method.ljust(38)
             + "".join(
                 f"{ood} {mean:.1f} +- {deviation:.1f}".rjust(24) for ood, (mean, deviation) in zip(oods, cells, strict=True)
             )

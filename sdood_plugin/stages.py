@@ -167,40 +167,41 @@ def _write_selection(run: Context, path: Path) -> None:
         log.info("selection: %d of %d outliers kept; dropped %s", found["kept"], len(made), reasons)
 
 
-def calibrate(run: Context, folder: Path, key: str) -> None:
-    """The detector's banks, alpha and threshold, and the held-out scores they were chosen on."""
-    from .scoring.score import fit_score
-    from .scoring.storage import save_score
+def score_features(run: Context, network: ThreeHeadNet) -> dict[str, torch.Tensor]:
+    """What `fit_score` is given of a run: features of images, outliers and controls, and the outliers' classes.
 
-    network = place(load_network(run.folder / "detector" / "detector.safetensors"), run.accelerator.device)
+    Args:
+        run: A run whose outliers are generated; of a detector that was trained without them there are none.
+        network: The trained network, on its device.
+    """
     device = run.accelerator.device
 
     def features(images: torch.Tensor) -> torch.Tensor:
         return extract(network.backbone, images, device=device)
 
     def made(folder: str, heldout: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and classes of outliers or controls; none for a detector that was trained without outliers."""
         found = read_outliers(run, folder, heldout) if run.config.detector.outlier_ratio > 0 else None
         if found is None or not len(found.images):
             return torch.empty(0, network.backbone.feature_size, device=device), torch.empty(0, dtype=torch.int64, device=device)
         return features(found.images), found.labels.to(device)
 
-    outliers, classes = made("outliers", False)
-    heldout = {"ID": features(run.train.images[run.heldout])}
-    heldout["outliers"], heldout_classes = made("outliers", True)
-    heldout["controls"], _ = made("controls", True)
-    score = fit_score(
-        features(run.train.images[~run.heldout]),
-        outliers,
-        heldout["ID"],
-        heldout["outliers"],
-        run.config.scoring,
-        outlier_classes=classes,
-        heldout_classes=heldout_classes,
-        heldout_controls=heldout["controls"],
-    )
+    inside = {"inside": features(run.train.images[~run.heldout]), "heldout_inside": features(run.train.images[run.heldout])}
+    bank = dict(zip(("outliers", "outlier_classes"), made("outliers", False), strict=True))
+    heldout = dict(zip(("heldout_outliers", "heldout_classes"), made("outliers", True), strict=True))
+    return inside | bank | heldout | {"heldout_controls": made("controls", True)[0]}
+
+
+def calibrate(run: Context, folder: Path, key: str) -> None:
+    """The detector's banks, alpha and threshold, and the held-out scores they were chosen on."""
+    from .scoring.score import fit_score
+    from .scoring.storage import save_score
+
+    network = place(load_network(run.folder / "detector" / "detector.safetensors"), run.accelerator.device)
+    given = score_features(run, network)
+    score = fit_score(config=run.config.scoring, **given)
     if run.is_main:
         save_score(run.folder / "detector", score)
+        heldout = {"ID": given["heldout_inside"], "outliers": given["heldout_outliers"], "controls": given["heldout_controls"]}
         scores = [(kind, f"{value:.6g}") for kind, rows in heldout.items() if len(rows) for value in score(rows).tolist()]
         write_csv(run.folder / "detector" / "heldout.csv", ("set", "score"), scores)
 
