@@ -35,13 +35,17 @@ from sdood_plugin.config import (
     ScoringConfig,
     SelectionConfig,
 )
+from sdood_plugin.detector.network import load_network
 from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.features import extract
 from sdood_plugin.generation import load_judge
 from sdood_plugin.inspection import warn_of_controls
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.plan import describe_plan
 from sdood_plugin.report.page import write_report
 from sdood_plugin.run import check_input, is_current, run
+from sdood_plugin.scoring.score import fit_score
+from sdood_plugin.scoring.storage import load_score
 from sdood_plugin.stage_table import chosen_stages
 
 
@@ -170,6 +174,45 @@ def test_the_report_says_what_was_called_ood(finished, tmp_path):
     path.write_text(path.read_text().replace(",0\n", ",1\n"))
     write_report(copy)
     assert "in per cent: id 100.0, digits " in (copy / "report.html").read_text()
+
+
+def test_the_rows_say_what_the_threshold_calls_ood(finished):
+    flags = {
+        name: [float(row["called_ood"]) for row in read_csv(finished / "evaluation" / f"scores-{name}.csv")]
+        for name in ("id", "digits", "noise")
+    }
+    shares = {name: 100 * sum(found) / len(found) for name, found in flags.items()}
+    assert len(set(shares.values())) > 1
+    rows = json.loads((finished / "metrics.json").read_text())["rows"]
+    assert [row["called_ood"] for row in rows if row["method"] == "sdood"] == [shares["digits"], shares["noise"]]
+    assert [row["called_id"] for row in rows if row["method"] == "sdood"] == [shares["id"]] * 2
+    assert not any("called_id" in row for row in rows if row["method"] != "sdood")
+
+
+def test_alpha_is_chosen_on_the_run_s_outliers_by_class_and_on_its_controls(finished):
+    run = context.Context(tiny_config(), finished)
+    network = load_network(finished / "detector" / "detector.safetensors")
+
+    def features(name, heldout):
+        made = OutlierSet(finished / name)
+        made = made.take(run.heldout[made.sources] == heldout)
+        return extract(network.backbone, made.images, device=torch.device("cpu")), made.labels
+
+    inside, heldout = (
+        extract(network.backbone, run.train.images[rows], device=torch.device("cpu")) for rows in (~run.heldout, run.heldout)
+    )
+    (bank, classes), (far, own), (controls, _) = (
+        features("outliers", False),
+        features("outliers", True),
+        features("controls", True),
+    )
+    assert len(own.unique()) > 1 and len(controls)
+    kinds = {"outlier_classes": classes, "heldout_classes": own, "heldout_controls": controls}
+    expected = fit_score(inside, bank, heldout, far, ScoringConfig(), **kinds).calibration
+    found = load_score(finished / "detector").calibration
+    assert found.votes == pytest.approx(expected.votes) and set(found.votes) == {"ID", "outliers", "controls"}
+    assert found.alpha == expected.alpha and np.array(found.curve) == pytest.approx(np.array(expected.curve))
+    assert [row["set"] for row in read_csv(finished / "detector" / "heldout.csv")].count("controls") == len(controls)
 
 
 def test_an_inspection_with_substituted_features_runs_again(finished, tmp_path):

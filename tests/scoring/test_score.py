@@ -13,6 +13,7 @@ from sdood_plugin.artifacts import read_json, write_json
 from sdood_plugin.config import ScoringConfig
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.neighbours import Bank
+from sdood_plugin.scoring import score as score_module
 from sdood_plugin.scoring import terms as terms_module
 from sdood_plugin.scoring.reduction import reduce_banks
 from sdood_plugin.scoring.score import fit_score
@@ -176,7 +177,11 @@ def test_alpha_is_the_smallest_candidate_within_a_standard_error_of_the_best(gen
 
 @pytest.mark.parametrize("controls", [0, 15])
 @pytest.mark.parametrize("k_vote", [5, 20])  # 20 is more than the images and the outliers of the other classes
-def test_alpha_is_chosen_on_outliers_of_kinds_the_bank_lacks_against_images_and_controls(generator, banks, controls, k_vote):
+def test_alpha_is_chosen_on_outliers_of_kinds_the_bank_lacks_against_images_and_controls(
+    generator, banks, monkeypatch, controls, k_vote
+):
+    asked = []
+    monkeypatch.setattr(score_module, "auroc_standard_error", lambda *given: asked.append(given) or standard_error(*given))
     _, inside, outliers = banks
     near, far = heldout(generator, 30)
     same = torch.randn(controls, 4, generator=generator) + 0.2
@@ -195,6 +200,7 @@ def test_alpha_is_chosen_on_outliers_of_kinds_the_bank_lacks_against_images_and_
     assert np.array(calibration.curve) == pytest.approx(np.array(curve))
     best, count = max(value for _, value in curve), 30 + controls
     assert calibration.alpha == next(alpha for alpha, value in curve if value >= best - standard_error(best, count, 30))
+    assert asked == [(pytest.approx(best), count, 30)]
     votes = {"ID": v_near[:30], "outliers": v_far} | ({"controls": v_near[30:]} if controls else {})
     assert calibration.votes == pytest.approx({name: float(values.mean()) for name, values in votes.items()})
     assert calibration.distance_scale == pytest.approx(scale)
