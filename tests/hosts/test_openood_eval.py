@@ -379,6 +379,11 @@ def test_an_outlier_folder_is_embedded_by_the_given_network(trained, run_folder,
     held = outliers.sources.unique(return_inverse=True)[1] % 10 == 9
     torch.testing.assert_close(post.features["outliers"], expected[~held], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(post.features["heldout_outliers"], expected[held], rtol=1e-4, atol=1e-5)
+    kinds = {"outlier_classes": outliers.labels[~held], "heldout_classes": outliers.labels[held]}
+    assert all(torch.equal(post.features[name], labels) for name, labels in kinds.items())
+    left_out = fit_score(config=post.config_, **post.features).calibration
+    assert post.score_.calibration == left_out
+    assert left_out.votes != fit_score(config=post.config_, **post.features | dict.fromkeys(kinds)).calibration.votes
     with torch.no_grad():
         train = trained(all_images(loaders["id"]["train"]), return_feature=True)[1]
     torch.testing.assert_close(post.features["inside"], train, rtol=1e-4, atol=1e-5)

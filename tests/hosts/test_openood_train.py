@@ -19,6 +19,7 @@ import yaml
 from sdood_plugin.detector.network import Heads, ThreeHeadNet
 from sdood_plugin.errors import UsageError
 from sdood_plugin.features import Backbone
+from sdood_plugin.scoring.score import fit_score
 from sdood_plugin.scoring.storage import load_score
 
 from .openood_tree import REPOSITORY, all_images
@@ -102,6 +103,7 @@ def test_export_writes_what_the_run_has(exported, run_folder):
         "oe": 128,
         "oe_heldout": 32,
         "controls": 128,
+        "controls_heldout": 32,
         "ood_cifar100": 20,
         "ood_tin": 20,
     }
@@ -200,6 +202,18 @@ def test_our_pipeline_trains_three_heads_and_leaves_a_detector(exported, tmp_pat
     post.setup(made, loaders)
     with torch.no_grad():
         expected = score(made(all_images(loaders["test"]), return_feature=True)[1])
+        features = {
+            name: made(all_images(loader), return_feature=True)[1]
+            for name, loader in loaders.items()
+            if "_" in name or name == "val"
+        }
+    own = torch.tensor([int(line.rsplit(" ", 1)[1]) for line in (exported / "benchmark_imglist/sdood/oe_heldout.txt").open()])
+    labels = torch.tensor([int(line.rsplit(" ", 1)[1]) for line in (exported / "benchmark_imglist/sdood/oe.txt").open()])
+    given = score.inside, score.outliers, features["val"], features["oe_heldout"], score.config
+    kinds = {"outlier_classes": labels, "heldout_classes": own, "heldout_controls": features["controls_heldout"]}
+    again = fit_score(*given, **kinds).calibration
+    assert score.calibration.votes == pytest.approx(again.votes) and set(again.votes) == {"ID", "outliers", "controls"}
+    assert np.array(score.calibration.curve) == pytest.approx(np.array(again.curve), abs=1e-3)
     np.testing.assert_allclose(-post.inference(made, loaders["test"], progress=False)[1], expected.numpy(), rtol=1e-4)
     with pytest.raises(UsageError, match="checkpoint of this backbone"):
         load_checkpoint(folder / "best.ckpt", 10, backbone="resnet18_cifar", normalisation="half")

@@ -27,7 +27,7 @@ from sdood_plugin.data.sources import load_images
 from sdood_plugin.detector.network import ThreeHeadNet, load_network, save_network
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.features import Backbone, evaluating, extract
-from sdood_plugin.hosts.pytorch_ood import SDOOD, network_input
+from sdood_plugin.hosts.pytorch_ood import SDOOD, network_input, outlier_target
 from sdood_plugin.scoring.score import fit_score
 from sdood_plugin.scoring.storage import load_score
 
@@ -74,6 +74,20 @@ def test_the_core_score_of_the_same_bank_gives_the_same_values(outliers):
     assert detector.score_.calibration == core.calibration
     assert torch.equal(detector.predict_features(query), core(query))
     assert (core.calibration.alpha > 0) == bool(outliers)
+
+
+def test_targets_tell_of_which_kind_an_outlier_is():
+    x, y = blobs()
+    held, outside = flags(y), y < 0
+    y = torch.where(outside, outlier_target(torch.arange(len(y)) % 3), y)
+    parts = x[~held & ~outside], x[~held & outside], x[held & ~outside], x[held & outside], ScoringConfig()
+    core = fit_score(*parts, outlier_classes=y[~held & outside], heldout_classes=y[held & outside])
+    detector = SDOOD(None).fit_features(x, y, heldout=held)
+    assert detector.score_.calibration == core.calibration
+    assert core.calibration.votes != fit_score(*parts).calibration.votes
+    assert detector.set_hyperparameters(k_vote=3).score_.calibration.votes["outliers"] < 3
+    again = fit_score(*parts[:4], ScoringConfig(k_vote=3), outlier_classes=y[~held & outside], heldout_classes=y[held & outside])
+    assert detector.score_.calibration == again.calibration
 
 
 def test_a_run_gives_the_scores_it_wrote(run_folder):

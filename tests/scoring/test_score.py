@@ -368,6 +368,10 @@ def test_a_bank_is_reduced_by_one_factor_to_centres_of_unit_length(generator):
     first, second = (fit_score(inside, outliers, near, far, ScoringConfig(bank_size=40)) for _ in range(2))
     assert len(first.inside) + len(first.outliers) == 40 and torch.equal(first.inside, second.inside)
     torch.testing.assert_close(first.inside.norm(dim=1), torch.ones(30))
+    assert torch.equal(first.heldout, first(near).sort().values)
+    whole = fit_score(inside, outliers, near, far, ScoringConfig()).calibration
+    assert (first.calibration.curve, first.calibration.votes) == (whole.curve, whole.votes)
+    assert first.calibration.distance_scale != whole.distance_scale
 
 
 @pytest.mark.parametrize(("images", "made", "size", "kept"), [(10, 1000, 5, 2), (100, 1000, 10, 2), (1, 30, 5, 1)])
