@@ -124,8 +124,26 @@ def section(name: str, result: dict[str, Any]) -> str:
         *([f"\n{result['note']}"] if "note" in result else []),
         *([f"\n{said}"] if (said := shortcomings(result)) else []),
     ]
-    body = [*pictures, table(result["rows"]), *([paired(result["paired"])] if result.get("paired") else [])]
+    body = [
+        *pictures,
+        table(result["rows"]),
+        decisions(result["rows"]),
+        *([paired(result["paired"])] if result.get("paired") else []),
+    ]
     return "\n".join([*head, *(f"\n{part}" for part in body if part), ""])
+
+
+def decisions(rows: Sequence[dict[str, Any]]) -> str:
+    """What the chosen threshold calls OOD, where that is recorded."""
+    told = [row for row in rows if "called_ood" in row]
+    if not told:
+        return ""
+    first = [row["called_id"] for row in told if row["ood"] == told[0]["ood"]]
+    shares = {"ID": first} | {
+        name: [row["called_ood"] for row in told if row["ood"] == name] for name in dict.fromkeys(row["ood"] for row in told)
+    }
+    said = ", ".join("{} {:.1f} +- {:.1f}".format(name, *mean_and_deviation(values)) for name, values in shares.items())
+    return f"`sdood` calls OOD, at the threshold chosen on held-out images, in per cent: {said}."
 
 
 def shortcomings(result: dict[str, Any]) -> str:

@@ -116,7 +116,12 @@ STAGES = (
     Stage(
         "calibrate",
         "calibration",
-        lambda c: {"scoring": c.scoring, "heldout": c.data.heldout_fraction, "with outliers": c.detector.outlier_ratio > 0},
+        lambda c: {
+            "scoring": c.scoring,
+            "heldout": c.data.heldout_fraction,
+            "with outliers": c.detector.outlier_ratio > 0,
+            "alpha": "on outliers of other classes, against images and controls",  # runs of 0.2.0 are calibrated again
+        },
         ("generate", "train-detector"),
         stages.calibrate,
         ("detector/bank.safetensors", "detector/score.json", "detector/heldout.csv"),

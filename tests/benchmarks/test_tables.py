@@ -344,6 +344,13 @@ def test_openoods_numbers_stand_beside_the_mean_of_both_near_sets():
     assert "| MSP | 88.03: 87.5 | 90.73 |" in text and "| KNN | 90.64: not yet |" in text and "| sdood | -: not yet |" in text
 
 
+def test_the_readme_says_what_a_threshold_calls_ood():
+    assert readme.decisions([{"ood": "near", "auroc": 1.0}]) == ""
+    shares = [("near", 4.0, 80.0), ("far", 4.0, 100.0), ("near", 6.0, 90.0), ("far", 6.0, 100.0)]
+    rows = [{"ood": name, "called_id": inside, "called_ood": outside} for name, inside, outside in shares]
+    assert readme.decisions(rows).endswith("ID 5.0 +- 1.4, near 85.0 +- 7.1, far 100.0 +- 0.0.")
+
+
 def test_a_result_of_older_code_says_so(tmp_path, monkeypatch):
     def git(*words):
         said = subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True, text=True)
