@@ -87,9 +87,9 @@ def ablation(run: Context, tests: TestSets) -> tuple[list[dict[str, Any]], list[
 
 def alphas(run: Context, tests: TestSets) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """(rows by way of choosing alpha and OOD set, alpha by way)."""
-    network = Detector.load(run.folder).network
-    given = stages.score_features(run, network)
-    features = [extract(network.backbone, images.images) for images in tests.sets]
+    detector = Detector.load(run.folder, run.accelerator.device)
+    given = stages.score_features(run, detector.network)
+    features = [extract(detector.network.backbone, images.images, device=detector.device) for images in tests.sets]
     rows, found = [], {}
     for name, untold in RULES.items():
         score = fit_score(config=run.config.scoring, **{part: value for part, value in given.items() if part not in untold})
