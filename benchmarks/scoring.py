@@ -6,9 +6,8 @@
 Every run's detector scores its own test sets. `by_class` in the result is the AUROC of an OOD set against the ID test images
 of one true class; `chosen` is what held-out data decided in each run. The rows `both, alpha by ...` choose alpha in other
 ways: on `outliers` as they come against images, with their own `classes` left out of the bank, against images and `controls`,
-or (the score's own way) both. For the figure (Fig. 3 of the paper) the first run's
-detector is trained again for `--early-epochs`, with the learning rate falling to 0 in that time, and its features stand
-beside those of the run's own.
+or (the score's own way) both. For the figure (Fig. 3 of the paper) the first run's detector is trained again for
+`--early-epochs`, with the learning rate falling to 0 in that time, and its features stand beside those of the run's own.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def early_network(run: Context, epochs: int) -> nn.Module:
     short = dataclasses.replace(run.config, detector=dataclasses.replace(run.config.detector, epochs=epochs))
     again = Context(short, run.folder)
     with tempfile.TemporaryDirectory() as folder:
-        made = [stages.read_outliers(again, name, False) for name in ("outliers", "controls")]
+        made = [stages.read_outliers(again, name, ~again.heldout) for name in ("outliers", "controls")]
         return stages.train_network(again, Path(folder), f"early {epochs}", "early", *made)
 
 
@@ -130,7 +129,7 @@ def early_and_late(run: Context, tests: TestSets, epochs: int) -> dict[str, Any]
     sets = {
         name: images.images for name, group, images in zip(tests.names, tests.groups, tests.sets, strict=True) if group != "far"
     }
-    outliers = stages.read_outliers(run, "outliers", False)
+    outliers = stages.read_outliers(run, "outliers", ~run.heldout)
     if outliers is not None:
         sets["outliers"] = outliers.images
     networks = {epochs: early_network(run, epochs), run.config.detector.epochs: Detector.load(run.folder).network}

@@ -30,13 +30,12 @@ from sdood_plugin.comparison import Comparators
 from sdood_plugin.config import RunConfig
 from sdood_plugin.context import Context
 from sdood_plugin.decision import Detector
-from sdood_plugin.features import extract
 from sdood_plugin.metrics import detection_metrics
 from sdood_plugin.outliers.dataset import OutlierSet
-from sdood_plugin.outliers.subset import select
 from sdood_plugin.run import run
 from sdood_plugin.scoring.score import fit_score
 from sdood_plugin.stage_table import BY_NAME
+from sdood_plugin.stages import score_features
 
 SIZES = {
     "tiny": ["demo.yml", *TINY, "--compare.methods", "[distance,multi-class]"],
@@ -66,23 +65,8 @@ def halves(heldout: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, 
 def detector_chosen_on(images: torch.Tensor, context: Context) -> Detector:
     """The run's detector with alpha and the distance's unit chosen on these held-out images, bool (N,), and their outliers."""
     detector = Detector.load(context.folder, context.accelerator.device)
-    whole, controls = (OutlierSet(context.folder / name) for name in SETS)
-    kept = select(whole, context.config.selection).kept
-    bank, made = (whole.take(kept & chosen[whole.sources]) for chosen in (~context.heldout, images))
-    controls = controls.take(images[controls.sources])
-    fitted, backbone = detector.fitted, detector.network.backbone
-    heldout = [context.train.images[images], made.images, controls.images]
-    inside, outliers, same = (extract(backbone, one, device=detector.device) for one in heldout)
-    detector.fitted = fit_score(
-        fitted.inside,
-        fitted.outliers,
-        inside,
-        outliers,
-        fitted.config,
-        outlier_classes=bank.labels.to(detector.device),
-        heldout_classes=made.labels.to(detector.device),
-        heldout_controls=same,
-    )
+    given = score_features(context, detector.network, images)
+    detector.fitted = fit_score(config=context.config.scoring, **given)
     return detector
 
 

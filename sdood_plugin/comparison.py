@@ -132,7 +132,7 @@ class Comparators:
     def _exposed(self, method: str) -> Scorer:
         """Trained on the detector's own batches, controls among them: the loss is the only difference."""
         own = Comparators(self.run, self.run.folder / "exposed")
-        outliers, controls = (read_outliers(self.run, name, False) for name in ("outliers", "controls"))
+        outliers, controls = (read_outliers(self.run, name, ~self.run.heldout) for name in ("outliers", "controls"))
         return self._exposure(method, own._network(method, self.run.detector, outliers, EXPOSED[method], controls))
 
     def _exposure(self, method: str, network: ThreeHeadNet) -> Scorer:

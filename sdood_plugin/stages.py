@@ -125,15 +125,21 @@ def train_diffusion(run: Context, folder: Path, key: str) -> None:
     write_csv(folder / "loss-by-noise.csv", list(levels[0]), (list(row.values()) for row in levels))
 
 
-def read_outliers(run: Context, folder: str, heldout: bool) -> Labelled | None:
-    """Outliers that `selection` keeps, or controls, of held-out or of training sources; None where the folder is absent."""
+def read_outliers(run: Context, folder: str, sources: torch.Tensor) -> Labelled | None:
+    """Outliers that `selection` keeps, or controls, made of some images; None where the folder is absent.
+
+    Args:
+        run: The run.
+        folder: `outliers` or `controls`.
+        sources: bool (N,), the training images whose outliers are wanted.
+    """
     from .outliers.dataset import OutlierSet
     from .outliers.subset import select
 
     if not (run.folder / folder / "meta.json").exists():
         return None
     made = OutlierSet(run.folder / folder)
-    chosen = run.heldout[made.sources] == heldout
+    chosen = sources[made.sources]
     if folder == "outliers":
         chosen &= select(made, run.config.selection).kept
     made = made.take(chosen)
@@ -147,7 +153,7 @@ def train_reference(run: Context, folder: Path, key: str) -> None:
 
 def train_three_heads(run: Context, folder: Path, key: str) -> None:
     """The detector's weights, and selection.json: which outliers it was given."""
-    train_network(run, folder, key, "detector", read_outliers(run, "outliers", False), read_outliers(run, "controls", False))
+    train_network(run, folder, key, "detector", *(read_outliers(run, name, ~run.heldout) for name in ("outliers", "controls")))
     if run.is_main:
         _write_selection(run, folder / "selection.json")
 
@@ -167,28 +173,37 @@ def _write_selection(run: Context, path: Path) -> None:
         log.info("selection: %d of %d outliers kept; dropped %s", found["kept"], len(made), reasons)
 
 
-def score_features(run: Context, network: ThreeHeadNet) -> dict[str, torch.Tensor]:
+def score_features(run: Context, network: ThreeHeadNet, heldout: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """What `fit_score` is given of a run: features of images, outliers and controls, and the outliers' classes.
 
     Args:
         run: A run whose outliers are generated; of a detector that was trained without them there are none.
         network: The trained network, on its device.
+        heldout: bool (N,), the held-out images to choose on; None takes all of them.
     """
     device = run.accelerator.device
+    heldout = run.heldout if heldout is None else heldout
 
     def features(images: torch.Tensor) -> torch.Tensor:
         return extract(network.backbone, images, device=device)
 
-    def made(folder: str, heldout: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        found = read_outliers(run, folder, heldout) if run.config.detector.outlier_ratio > 0 else None
+    def made(folder: str, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = read_outliers(run, folder, sources) if run.config.detector.outlier_ratio > 0 else None
         if found is None or not len(found.images):
             return torch.empty(0, network.backbone.feature_size, device=device), torch.empty(0, dtype=torch.int64, device=device)
         return features(found.images), found.labels.to(device)
 
-    inside = {"inside": features(run.train.images[~run.heldout]), "heldout_inside": features(run.train.images[run.heldout])}
-    bank = dict(zip(("outliers", "outlier_classes"), made("outliers", False), strict=True))
-    heldout = dict(zip(("heldout_outliers", "heldout_classes"), made("outliers", True), strict=True))
-    return inside | bank | heldout | {"heldout_controls": made("controls", True)[0]}
+    outliers, classes = made("outliers", ~run.heldout)
+    heldout_outliers, heldout_classes = made("outliers", heldout)
+    return {
+        "inside": features(run.train.images[~run.heldout]),
+        "outliers": outliers,
+        "heldout_inside": features(run.train.images[heldout]),
+        "heldout_outliers": heldout_outliers,
+        "outlier_classes": classes,
+        "heldout_classes": heldout_classes,
+        "heldout_controls": made("controls", heldout)[0],
+    }
 
 
 def calibrate(run: Context, folder: Path, key: str) -> None:

@@ -176,6 +176,17 @@ def test_the_report_says_what_was_called_ood(finished, tmp_path):
     assert "in per cent: id 100.0, digits " in (copy / "report.html").read_text()
 
 
+def test_a_run_that_was_calibrated_by_an_earlier_version_can_still_be_looked_at(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    assert "held-out controls" in write_report(copy).read_text()
+    file = copy / "detector" / "score.json"
+    score = json.loads(file.read_text())
+    del score["calibration"]["votes"]
+    file.write_text(json.dumps(score))
+    assert "held-out controls" not in write_report(copy).read_text()
+
+
 def test_the_rows_say_what_the_threshold_calls_ood(finished):
     flags = {
         name: [float(row["called_ood"]) for row in read_csv(finished / "evaluation" / f"scores-{name}.csv")]
@@ -210,7 +221,12 @@ def test_alpha_is_chosen_on_the_run_s_outliers_by_class_and_on_its_controls(fini
     kinds = {"outlier_classes": classes, "heldout_classes": own, "heldout_controls": controls}
     expected = fit_score(inside, bank, heldout, far, ScoringConfig(), **kinds).calibration
     found = load_score(finished / "detector").calibration
-    assert found.votes == pytest.approx(expected.votes) and set(found.votes) == {"ID", "outliers", "controls"}
+    assert found.votes == pytest.approx(expected.votes) and set(found.votes) == {
+        "ID",
+        "outliers",
+        "controls",
+        "outliers of other classes",
+    }
     assert found.alpha == expected.alpha and np.array(found.curve) == pytest.approx(np.array(expected.curve))
     assert [row["set"] for row in read_csv(finished / "detector" / "heldout.csv")].count("controls") == len(controls)
 

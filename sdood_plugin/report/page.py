@@ -59,13 +59,13 @@ def write_report(folder: Path, truth: dict[str, Any] | None = None) -> Path:
         }
         for method in dict.fromkeys(row["method"] for row in rows)
     ]
-    score = _optional(folder / "detector" / "score.json", {})
+    calibration = _optional(folder / "detector" / "score.json", {}).get("calibration", {})
     page = _template("page.html.j2").render(
         name=folder.resolve().name,
         run=read_json(folder / "run.json"),
         tests=tests,
         table=table,
-        calibration=score.get("calibration"),
+        calibration=calibration if "votes" in calibration else None,  # that of an earlier version says less
         called={name: _called_ood(scores) for name, scores in scores_of_tests(folder).items()} if rows else {},
         selected=_optional(folder / "detector" / "selection.json", None),
         cluster_notes=_optional(folder / "clustering" / "summary.json", {}).get("notes", []),

@@ -30,11 +30,12 @@ class Calibration:
         alpha: Weight of the votes.
         curve: AUROC of held-out outliers, without outliers of their class in the bank, against held-out images and controls
             for each candidate alpha, as [alpha, per cent] pairs.
-        votes: Mean votes of the held-out `ID`, `controls` and `outliers`, as far as they are there, when alpha was chosen.
+        votes: Mean votes of the held-out `ID`, `controls`, `outliers` and, without their own class in the bank, `outliers of
+            other classes`, as far as they are there.
         threshold: Score above which an image is called OOD.
         false_alarm_rate: Share of new ID images above it at most, on average over held-out sets, as asked for.
         false_alarm_interval: 95 % interval of the share of new ID images above it.
-        heldout: Numbers of held-out ID images and outliers.
+        heldout: Numbers of held-out ID images, outliers and controls.
     """
 
     distance_scale: float
@@ -127,7 +128,8 @@ def fit_score(
         heldout_inside: float (P, D), images no training has seen, P > 0.
         heldout_outliers: float (Q, D), outliers made of those; Q may be 0, then alpha is 0 unless it is set.
         config: The settings.
-        outlier_classes: int64 (M,), the class each outlier was made of; None, or one class alone, leaves none out.
+        outlier_classes: int64 (M,), the class each outlier was made of. None is left out where there is one class alone, one
+            is not known (below 0), or these are None.
         heldout_classes: int64 (Q,), the same of the held-out ones.
         heldout_controls: float (R, D), same-class controls made of the held-out images.
 
@@ -139,19 +141,18 @@ def fit_score(
     names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier", "held-out control")
     for name, features in zip(names, (inside, outliers, heldout_inside, heldout_outliers, controls), strict=True):
         _require_finite(features, name)
-    for name, given, features in (
-        ("outlier_classes", outlier_classes, outliers),
-        ("heldout_classes", heldout_classes, heldout_outliers),
-    ):
-        if given is not None and len(given) != len(features):
-            raise UsageError(name, f"{len(given)} classes", f"{len(features)}, one an outlier", "give them of the same outliers")
+    classes = _known_classes((outlier_classes, heldout_classes), (outliers, heldout_outliers))
     prepared = _prepare(inside, config.normalise), _prepare(outliers, config.normalise)
     whole = _banks(*prepared, config)
     near = _terms(heldout_inside, whole, config)
     scale = _scale(near, heldout_inside, config)
-    far = _outlier_terms(whole, heldout_outliers, outlier_classes, heldout_classes, config)
+    far = _terms(heldout_outliers if len(outliers) else heldout_outliers[:0], whole, config)
     found = {"ID": near, "controls": _terms(controls, whole, config), "outliers": far}
-    alpha, curve = _choose_alpha({name: terms.over(scale) for name, terms in found.items()}, config)
+    if classes is not None and len(far.votes):
+        k, unseen = (config.k_distance, config.k_vote), _prepare(heldout_outliers, config.normalise)
+        far = terms_without_own_class(unseen, classes[1], whole[0], prepared[1], classes[0], *k, config.backend)
+        found["outliers of other classes"] = far
+    alpha, curve = _choose_alpha([near.over(scale), found["controls"].over(scale)], far.over(scale), config)
     reduced = reduce_banks(prepared, config.bank_size, config.k_distance)
     inside, outliers = (  # centres lie within the unit sphere; what is normalised already would move by its rounding
         bank if bank is first else _prepare(bank, config.normalise) for bank, first in zip(reduced, prepared, strict=True)
@@ -171,7 +172,7 @@ def fit_score(
         threshold.value,
         config.false_alarm_rate,
         [threshold.low, threshold.high],
-        [len(heldout_inside), len(heldout_outliers)],
+        [len(heldout_inside), len(heldout_outliers), len(controls)],
     )
     return Score(inside, outliers, config, calibration, scores)
 
@@ -206,46 +207,49 @@ def _require_finite(features: torch.Tensor, name: str) -> None:
         raise UsageError(f"{name} features", f"NaN or infinity in row {broken[0]}", expected, "check that image and the backbone")
 
 
-def _outlier_terms(
-    banks: tuple[Bank, Bank | None],
-    heldout: torch.Tensor,
-    classes: torch.Tensor | None,
-    own: torch.Tensor | None,
-    config: ScoringConfig,
-) -> Terms:
-    """The terms of held-out outliers; where there are outliers of other classes, the bank lacks those of their own."""
-    inside, outliers = banks
-    if outliers is None or not len(heldout) or classes is None or own is None or len(classes.unique()) < 2:
-        return _terms(heldout, banks, config)
-    prepared = _prepare(heldout, config.normalise)
-    return terms_without_own_class(prepared, own, inside, outliers, classes, config.k_distance, config.k_vote)
+def _known_classes(
+    classes: tuple[torch.Tensor | None, torch.Tensor | None], outliers: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The classes of the outliers and of the held-out ones, where all are known and there are several.
+
+    Raises:
+        UsageError: They are of another number than the outliers, or of one of the two sets alone.
+    """
+    bank, heldout = classes
+    for name, given, features in zip(("outlier_classes", "heldout_classes"), classes, outliers, strict=True):
+        if (bank is None) != (heldout is None) or (given is not None and len(given) != len(features)):
+            count = "none" if given is None else f"{len(given)} classes"
+            raise UsageError(name, count, f"{len(features)}, one an outlier, or none of either set", "give both sets'")
+    if bank is None or heldout is None or len(bank.unique()) < 2 or int(torch.cat([bank, heldout]).min()) < 0:
+        return None
+    return bank, heldout
 
 
-def _choose_alpha(heldout: dict[str, Terms], config: ScoringConfig) -> tuple[float, list[list[float]]]:
+def _choose_alpha(inside: list[Terms], outside: Terms, config: ScoringConfig) -> tuple[float, list[list[float]]]:
     """alpha, and the AUROC at every candidate; without held-out outliers alpha is 0 unless it is set.
 
     Args:
-        heldout: The terms of the held-out `ID`, `controls` and `outliers`.
+        inside: The terms of what counts as in-distribution: held-out images and controls.
+        outside: Those of held-out outliers.
         config: The settings.
     """
-    inside, outside = [heldout["ID"], heldout["controls"]], [heldout["outliers"]]
-    if not len(heldout["outliers"].votes):
+    if not len(outside.votes):
         return config.alpha or 0.0, []
     curve: list[list[float]] = []
     for candidate in sorted(config.alphas) if config.alpha is None else [config.alpha]:
-        sides = (torch.cat([one.distance + candidate * one.votes for one in side]).cpu() for side in (inside, outside))
+        sides = (torch.cat([one.distance + candidate * one.votes for one in side]).cpu() for side in (inside, [outside]))
         curve.append([candidate, detection_metrics(*sides)["auroc"]])
     best = max(auroc for _, auroc in curve)
-    allowed = best - auroc_standard_error(best, sum(len(one.votes) for one in inside), len(outside[0].votes))
+    allowed = best - auroc_standard_error(best, sum(len(one.votes) for one in inside), len(outside.votes))
     return next(candidate for candidate, auroc in curve if auroc >= allowed), curve
 
 
 def _warn_of_votes(votes: dict[str, float], k_vote: int) -> None:
     """Say so where controls, which show what their sources show, get votes as outliers do."""
-    if votes.get("controls", 0.0) > votes.get("outliers", 0.0) / 2:
+    if {"controls", "outliers"} <= votes.keys() and votes["controls"] > votes["outliers"] / 2:
         log.warning(
             "of %d votes held-out controls get %.1f, held-out outliers %.1f, images %.1f: the votes tell what is generated from "
-            "what is real, and not what it shows. Train the detector longer, or start it from pre-trained weights",
+            "what is real, and not what it shows. Train the detector longer, with controls, or from pre-trained weights",
             k_vote,
-            *(votes.get(name, 0.0) for name in ("controls", "outliers", "ID")),
+            *(votes[name] for name in ("controls", "outliers", "ID")),
         )

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 
 from ..errors import UsageError
-from ..neighbours import Bank
+from ..neighbours import Backend, Bank
+
+GROUPS = 10  # of classes, each left out in turn
 
 
 class Terms(NamedTuple):
@@ -57,27 +59,33 @@ def terms_without_own_class(
     features: torch.Tensor,
     own: torch.Tensor,
     inside: Bank,
-    outliers: Bank,
+    outliers: torch.Tensor,
     classes: torch.Tensor,
     k_distance: int,
     k_vote: int,
+    backend: Backend,
 ) -> Terms:
     """The terms of outliers that meet no outlier of their own class: each is of a kind that the bank lacks.
 
+    Of more than ten classes a tenth is left out at a time, own one and others, as in cross-validation by groups.
+
     Args:
         features: float (B, D) of outliers that are not in the bank.
-        own: int64 (B,), the classes they were made of.
+        own: int64 (B,), the classes they were made of, from 0.
         inside: N in-distribution training features.
-        outliers: M outlier features.
-        classes: int64 (M,), the classes those were made of.
+        outliers: float (M, D) outlier features.
+        classes: int64 (M,), the classes those were made of, from 0.
         k_distance: As in `distance_and_votes`, at most N.
         k_vote: As there, at most N + M.
+        backend: As of a `Bank`.
     """
+    names = classes.unique()
     found = []
-    for name in classes.unique():  # every class a bank of its own: each query meets each row once
-        bank = Bank(outliers.features[classes == name])
+    for first in range(min(GROUPS, len(names))):  # every group a bank of its own: each query meets each row once
+        group = names[first::GROUPS]
+        bank = Bank(outliers[torch.isin(classes, group)], backend=backend)
         near, _ = bank.nearest(features, min(k_vote, len(bank)))
-        found.append(near.masked_fill((own == name)[:, None], math.inf))
+        found.append(near.masked_fill(torch.isin(own, group)[:, None], math.inf))
     near_outliers = torch.cat(found, dim=1).sort(dim=1).values[:, :k_vote]
     return _terms(features, inside, near_outliers, k_distance, k_vote)
 

@@ -237,7 +237,9 @@ def test_table4_chooses_on_one_half_of_the_heldout_sources_and_tests_on_the_othe
         assert tested and context.heldout[tested].all() and not chosen_on[0][tested].any()
         assert {row["n_ood"] for row in rows if row["ood"] == name} == {len(tested)}
     outliers = OutlierSet(context.folder / "outliers").sources
-    assert detectors[0].fitted.calibration.heldout == [int(chosen_on[0].sum()), int(chosen_on[0][outliers].sum())]
+    controls = OutlierSet(context.folder / "controls").sources
+    counts = [int(chosen_on[0][rows].sum()) for rows in (slice(None), outliers, controls)]
+    assert detectors[0].fitted.calibration.heldout == counts
     again = whole(context.heldout, context).fitted.calibration  # all of them: what the run itself chose
     run_own = load_score(context.folder / "detector").calibration
     assert again.alpha == run_own.alpha and again.distance_scale == pytest.approx(run_own.distance_scale, rel=1e-4)

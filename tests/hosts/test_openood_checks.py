@@ -229,7 +229,7 @@ def test_two_processes_share_the_images_and_end_with_one_network(data, tmp_path)
     folder = next(tmp_path.rglob("detector.safetensors")).parent
     bank = load_score(folder).inside
     assert len(bank.unique(dim=0)) == len(bank) == 24
-    assert load_score(folder).calibration.heldout == [10, 6]
+    assert load_score(folder).calibration.heldout == [10, 6, 0]
     assert len(list(tmp_path.rglob("best.ckpt"))) == 1
     net = load_checkpoint(next(folder.glob("last_epoch1*.ckpt")), 3, backbone="small_cnn", normalisation="half")
     images, labels = read_images(data, "val")

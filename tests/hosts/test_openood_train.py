@@ -189,7 +189,7 @@ def test_our_pipeline_trains_three_heads_and_leaves_a_detector(exported, tmp_pat
     score = load_score(folder)
     assert len(score.inside) == 128
     assert len(score.outliers) == 128
-    assert score.calibration.heldout == [32, 32]
+    assert score.calibration.heldout == [32, 32, 32]
     made = load_detector(folder, "half")
     last = load_checkpoint(next(folder.glob("last_epoch2*.ckpt")), 10, backbone="small_cnn", normalisation="half")
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -212,7 +212,12 @@ def test_our_pipeline_trains_three_heads_and_leaves_a_detector(exported, tmp_pat
     given = score.inside, score.outliers, features["val"], features["oe_heldout"], score.config
     kinds = {"outlier_classes": labels, "heldout_classes": own, "heldout_controls": features["controls_heldout"]}
     again = fit_score(*given, **kinds).calibration
-    assert score.calibration.votes == pytest.approx(again.votes) and set(again.votes) == {"ID", "outliers", "controls"}
+    assert score.calibration.votes == pytest.approx(again.votes) and set(again.votes) == {
+        "ID",
+        "outliers",
+        "controls",
+        "outliers of other classes",
+    }
     assert np.array(score.calibration.curve) == pytest.approx(np.array(again.curve), abs=1e-3)
     np.testing.assert_allclose(-post.inference(made, loaders["test"], progress=False)[1], expected.numpy(), rtol=1e-4)
     with pytest.raises(UsageError, match="checkpoint of this backbone"):
@@ -248,7 +253,7 @@ def test_the_shipped_yamls_work_in_the_hosts_own_data_tree(run_folder, configs, 
     assert main(arguments(configs / "datasets/cifar10/cifar10.yml", files, settings, tmp_path / "results")) == 0, (
         capsys.readouterr().err
     )
-    assert load_score(next((tmp_path / "results").rglob("score.json")).parent).calibration.heldout == [40, 32]
+    assert load_score(next((tmp_path / "results").rglob("score.json")).parent).calibration.heldout == [40, 32, 0]
     files[0] = str(ours / "datasets" / "cifar100_sdood_oe.yml")
     config = read_config(arguments(configs / "datasets/cifar100/cifar100.yml", files, settings, tmp_path / "results"))
     assert config.dataset.split_names == ["train", "oe", "val", "test", "oe_heldout"]

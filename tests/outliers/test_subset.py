@@ -171,8 +171,8 @@ def test_the_detector_is_trained_on_the_selection(whole, tmp_path):
     whole.rename(tmp_path / "outliers")
 
     def given(selection, held):
-        run = types.SimpleNamespace(folder=tmp_path, heldout=heldout, config=RunConfig(selection=selection))
-        return read_outliers(run, "outliers", held).images
+        run = types.SimpleNamespace(folder=tmp_path, config=RunConfig(selection=selection))
+        return read_outliers(run, "outliers", heldout if held else ~heldout).images
 
     images = OutlierSet(tmp_path / "outliers").images
     assert torch.equal(given(SelectionConfig(["ambiguous"]), False), images[[5, 7]])

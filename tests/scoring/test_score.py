@@ -18,6 +18,7 @@ from sdood_plugin.scoring import terms as terms_module
 from sdood_plugin.scoring.reduction import reduce_banks
 from sdood_plugin.scoring.score import fit_score
 from sdood_plugin.scoring.storage import load_score, save_score
+from sdood_plugin.scoring.terms import terms_without_own_class
 
 FAISS = find_spec("faiss") is not None
 
@@ -142,7 +143,7 @@ def test_the_threshold_rejects_no_more_held_out_images_than_asked(generator, ban
     new = score(torch.randn(300, 4, generator=generator))
     if rate >= 1 / (count + 1):
         assert torch.equal(new > score.calibration.threshold, score.p_values(new) <= rate)
-    assert score.calibration.heldout == [count, count]
+    assert score.calibration.heldout == [count, count, 0]
 
 
 def naive_auroc(inside, outside):
@@ -201,8 +202,10 @@ def test_alpha_is_chosen_on_outliers_of_kinds_the_bank_lacks_against_images_and_
     best, count = max(value for _, value in curve), 30 + controls
     assert calibration.alpha == next(alpha for alpha, value in curve if value >= best - standard_error(best, count, 30))
     assert asked == [(pytest.approx(best), count, 30)]
-    votes = {"ID": v_near[:30], "outliers": v_far} | ({"controls": v_near[30:]} if controls else {})
+    votes = {"ID": v_near[:30], "outliers of other classes": v_far, "outliers": naive_terms(far, inside, outliers, 2, k_vote)[1]}
+    votes |= {"controls": v_near[30:]} if controls else {}
     assert calibration.votes == pytest.approx({name: float(values.mean()) for name, values in votes.items()})
+    assert calibration.heldout == [30, 30, controls]
     assert calibration.distance_scale == pytest.approx(scale)
 
 
@@ -215,9 +218,24 @@ def test_votes_that_know_only_the_kinds_at_hand_are_given_no_weight(generator):
     given = inside, outliers, torch.randn(60, 2, generator=generator), far, config
     assert fit_score(*given).calibration.alpha > 0
     left_out = fit_score(*given, outlier_classes=kinds, heldout_classes=kinds)
-    assert left_out.calibration.alpha == 0 and left_out.calibration.votes["outliers"] < 1
-    one = torch.zeros(40, dtype=torch.int64)  # no class to leave out
-    assert fit_score(*given, outlier_classes=one, heldout_classes=one).calibration == fit_score(*given).calibration
+    votes = left_out.calibration.votes
+    assert left_out.calibration.alpha == 0 and votes["outliers of other classes"] < 1 < 4 < votes["outliers"]
+    for same in (torch.zeros(40, dtype=torch.int64), kinds - 1):  # one class alone, and one that is not known
+        assert fit_score(*given, outlier_classes=same, heldout_classes=same).calibration == fit_score(*given).calibration
+
+
+def test_of_many_classes_a_tenth_is_left_out_at_a_time(generator, banks):
+    features, inside, _ = banks
+    outliers, classes = torch.randn(46, 4, generator=generator), torch.arange(46) % 23 * 7
+    own = torch.tensor([0, 7, 14, 70, 140, 154, 3, 0, 7, 7, 7, 7])
+    found = terms_without_own_class(features, own, Bank(inside), outliers, classes, 2, 9, "auto")
+    rank = {name: place % 10 for place, name in enumerate(classes.unique().tolist())}
+    group = torch.tensor([rank[name] for name in classes.tolist()])
+    for row, name in enumerate(own.tolist()):
+        left = outliers[group != rank.get(name, -1)]
+        assert len(left) == (46 if name == 3 else 40 if rank[name] < 3 else 42)  # 3 is a class that the bank lacks
+        distance, votes = naive_terms(features[[row]], inside, left, 2, 9)
+        assert float(found.votes[row]) == float(votes) and float(found.distance[row]) == pytest.approx(float(distance), rel=1e-5)
 
 
 def test_votes_for_being_generated_are_given_no_weight_and_said(generator, caplog):
@@ -225,7 +243,8 @@ def test_votes_for_being_generated_are_given_no_weight_and_said(generator, caplo
     mark = torch.tensor([0.0, 0.0, 9.0])  # what every generated image has, whatever it shows
     outliers, far, controls = mark + torch.randn(3, 60, 3, generator=generator)
     config = ScoringConfig(normalise=False)
-    assert not fit_score(inside, outliers, near, near, config).calibration.votes.get("controls")
+    assert not fit_score(inside, outliers, near, far, config, heldout_controls=near).calibration.votes["controls"]
+    assert "outliers" not in fit_score(inside, outliers, near, far[:0], config, heldout_controls=controls).calibration.votes
     assert not caplog.records
     calibration = fit_score(inside, outliers, near, far, config, heldout_controls=controls).calibration
     assert calibration.votes["controls"] == pytest.approx(5) == calibration.votes["outliers"]
@@ -235,11 +254,19 @@ def test_votes_for_being_generated_are_given_no_weight_and_said(generator, caplo
 
 
 @pytest.mark.parametrize("name", ["outlier_classes", "heldout_classes"])
-def test_refuses_classes_of_other_outliers(generator, banks, name):
+@pytest.mark.parametrize(("wrong", "said"), [(torch.zeros(7), "7 classes"), (None, "none")])
+def test_refuses_classes_of_other_outliers_or_of_one_set_alone(generator, banks, name, wrong, said):
     _, inside, outliers = banks
-    classes = {"outlier_classes": torch.zeros(9), "heldout_classes": torch.zeros(21)} | {name: torch.zeros(7)}
-    with pytest.raises(UsageError, match=f"{name}.*7 classes"):
+    classes = {"outlier_classes": torch.zeros(9), "heldout_classes": torch.zeros(21)} | {name: wrong}
+    with pytest.raises(UsageError, match=f"_classes: got {said if wrong is not None else ''}"):
         fit_score(inside, outliers, *heldout(generator), ScoringConfig(), **classes)
+
+
+def test_without_a_bank_of_outliers_alpha_is_not_chosen(generator, banks):
+    _, inside, outliers = banks
+    near, far = heldout(generator)
+    found = fit_score(inside, outliers[:0], near, far, ScoringConfig(alphas=[1.0, 10.0])).calibration
+    assert (found.alpha, found.curve) == (0.0, []) and "outliers" not in found.votes
 
 
 @pytest.mark.parametrize(("shift", "expected"), [("distance tells", 0.0), ("votes tell", 10.0)])

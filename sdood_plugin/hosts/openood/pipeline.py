@@ -142,6 +142,8 @@ def _write_detector(net: SDOODNet, loaders: dict[str, Any], folder: Path) -> Non
 
     if "oe_heldout" not in loaders:
         log.warning("no split oe_heldout: the score is the distance alone, its votes have no held-out outliers to be weighed by")
+    elif "controls_heldout" not in loaders:
+        log.info("no split controls_heldout: the weight of the votes is chosen against images alone")
     save_network(folder / "detector.safetensors", net.network)
     (outliers, classes), (heldout, heldout_classes) = features("oe"), features("oe_heldout")
     score = fit_score(

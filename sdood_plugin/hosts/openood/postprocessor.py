@@ -33,7 +33,8 @@ class SDOODPostprocessor(BasePostprocessor):
 
     `setup` gathers features of the host's ID training images (the bank), of its ID validation images (the distance's
     scale) and of the outliers, and fits the score with the core's `fit_score`. The outliers come from an outlier-set
-    folder (images, embedded by the given network; those of every tenth source are kept out of the bank to choose alpha)
+    folder (images, embedded by the given network; those of every tenth source are kept out of the bank to choose alpha, without
+    the controls that `sdood run` has for it)
     or from a run folder or its `detector` folder (the banks and the calibration saved there; the given network must be
     the one they were made with). Without outliers there are no votes and the score is the distance alone.
 

@@ -101,7 +101,8 @@ dataset:
     shuffle: True
     interpolation: bilinear
   # Outliers of images that the run held out; the host's own train list still has those images. Never trained on:
-  # train_sdood chooses the weight of the votes by them.
+  # train_sdood chooses the weight of the votes by them; with a split controls_heldout, which an export lists where the run
+  # has controls, against those too.
   oe_heldout:
     dataset_class: ImglistDataset
     data_dir: ./data/images_classic/

@@ -22,6 +22,7 @@ from ...errors import RunError, UsageError
 from ...randomness import derive_seed
 from ...scoring.score import Score, fit_score
 from ...scoring.storage import load_score, save_score
+from .loss import outlier_target
 from .paper import PAPER
 
 log = logging.getLogger(__name__)
@@ -113,9 +114,9 @@ class SDOOD(FeaturesDetector):
 
         Args:
             x: float (N, D).
-            y: (N,), below 0 for outliers, of which those with the same number are of one kind (`outlier_target` of their
-                source's class): alpha is chosen on outliers of kinds that the bank lacks, where there are two or more. Which
-                class an ID sample has does not matter.
+            y: (N,), below 0 for outliers: `outlier_target` of their source's class, or -1 where that is not known. Where all
+                are known and of several classes, alpha is chosen on outliers whose own class the bank lacks; held-out controls,
+                against which `sdood run` chooses it too, have no place here. Which class an ID sample has does not matter.
             heldout: bool (N,), the samples to hold out; None draws `heldout_fraction` of both kinds by `seed`.
 
         Raises:
@@ -187,6 +188,8 @@ class SDOOD(FeaturesDetector):
         if self.score_ is not None:
             banks = {name: getattr(self.score_, name).to(device) for name in ("inside", "outliers")}
             self.score_ = dataclasses.replace(self.score_, **banks)
+        if self._fitted is not None:
+            self._fitted = tuple(part.to(device) for part in self._fitted)
         return self
 
     def set_hyperparameters(self, **kwargs: Any) -> SDOOD:
@@ -331,5 +334,5 @@ class SDOOD(FeaturesDetector):
         values = {name: getattr(self, name) for name in ("k_distance", "k_vote", "normalise", "alpha")}
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
         config = ScoringConfig(**plain)  # a search over numpy's ranges gives its numbers
-        kinds = {"outlier_classes": classes, "heldout_classes": heldout_classes}
+        kinds = {"outlier_classes": outlier_target(classes), "heldout_classes": outlier_target(heldout_classes)}
         return fit_score(kept, kept_outliers, heldout, heldout_outliers, config, **kinds)
