@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from benchmarks.experiment import Rows, data_facts, with_given_labels
 from benchmarks.paired import add_pairs, read_scores
 from benchmarks.record import earlier, mean_and_deviation, write_result
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.cli import read_config
-from sdood_plugin.config import CompareConfig, as_dict
+from sdood_plugin.config import Comparator, as_dict
 from sdood_plugin.context import Context
 from sdood_plugin.run import run
 from sdood_plugin.stages import label_quality
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> Rows:
 
         torch.set_num_threads(options.threads)
     base = dataclasses.replace(read_config(options.config), report=False)
-    base = dataclasses.replace(base, compare=dataclasses.replace(base.compare, methods=CompareConfig().methods))
+    base = dataclasses.replace(base, compare=dataclasses.replace(base.compare, methods=list(get_args(Comparator))))
     if options.labels == "given":
         base = with_given_labels(base)
     name, results = f"demo-{options.labels}{options.suffix}", ROOT / "benchmarks" / "results"

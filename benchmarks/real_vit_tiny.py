@@ -140,7 +140,7 @@ def scores_with_outliers(score: Score, layer: nn.Linear, tests: list[torch.Tenso
     for test in tests:
         distance, votes = score.terms(test)
         heads = split_heads(layer, test)
-        g_bin = head_scores(heads.binary, heads.inside)["g_bin"]
+        g_bin = head_scores(heads.binary, heads.inside, heads.outside)["g_bin"]
         for name, value in {"": score.combined(distance, votes), "-distance": distance, "-vote": votes, "-g_bin": g_bin}.items():
             found.setdefault(f"sdood{name}", []).append(value)
     return found

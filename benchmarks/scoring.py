@@ -35,7 +35,8 @@ from sdood_plugin.metrics import detection_metrics
 from sdood_plugin.scoring.score import fit_score
 
 ROOT = Path(__file__).parent.parent
-PARTS = {"score": "both", "distance": "distance", "votes": "vote", "g_bin": "g_bin", "msp": "msp", "energy": "energy"}
+HEADS = ("g_bin", "msp", "energy", "g_out")
+PARTS = {"score": "both", "distance": "distance", "votes": "vote", **dict(zip(HEADS, HEADS, strict=True))}
 POINTS = 200  # of each set in the figure
 COLOURS = {"id": "#2b6cb0", "outliers": "#d69e2e"}
 RULES = {  # how alpha is chosen -> what of the held-out data is not told

@@ -20,7 +20,7 @@ from .data import sources
 from .data.images import ImageSet
 from .detector.network import ThreeHeadNet, load_network
 from .errors import RunError, UsageError
-from .features import evaluating, extract
+from .features import evaluating, extract, require_finite
 from .scoring.heads import head_scores
 from .scoring.score import Score
 from .scoring.storage import load_score
@@ -37,6 +37,7 @@ class Verdicts(NamedTuple):
     g_bin: torch.Tensor  # the binary head's probability of an outlier
     msp: torch.Tensor  # minus the largest class probability of g_in
     energy: torch.Tensor  # minus the log of g_in's summed exponentials
+    g_out: torch.Tensor  # the log of g_out's
 
 
 class Detector:
@@ -113,10 +114,10 @@ class Detector:
         Raises:
             RunError: Features that are not finite; the image is named.
         """
-        _require_finite(features, names)
+        require_finite(features, lambda row: names[row] if names else str(row))
         distance, votes = self.fitted.terms(features)
         with evaluating(self.network):
-            own = head_scores(self.network.g_bin(features), self.network.g_in(features))
+            own = head_scores(*(head(features) for head in (self.network.g_bin, self.network.g_in, self.network.g_out)))
         score = self.fitted.combined(distance, votes)
         return Verdicts(*(part.cpu() for part in (score, self.fitted.p_values(score), distance, votes, *own.values())))
 
@@ -153,17 +154,6 @@ class Detector:
                 "read them with detector.load_images",
             )
         return images
-
-
-def _require_finite(features: torch.Tensor, names: list[str] | None) -> None:
-    broken = (~torch.isfinite(features).all(dim=1)).nonzero()[:, 0].tolist()
-    if broken:
-        raise RunError(
-            f"features of image {names[broken[0]] if names else broken[0]}",
-            f"NaN or infinity ({len(broken)} of {len(features)} images)",
-            "finite numbers",
-            "look at that image; if all are so, train the detector again",
-        )
 
 
 def score_folder(run_folder: Path, images: str, csv: Path) -> str:

@@ -24,6 +24,7 @@ PARTS = {  # method -> what of the verdicts it is
     "sdood-g_bin": "g_bin",
     "sdood-msp": "msp",
     "sdood-energy": "energy",
+    "sdood-g_out": "g_out",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .artifacts import read_tensors
 from .backbones import HUB, fitting_weights, is_plain_vit, make_body, require_hub_weights, set_pooling, weights_file
 from .data.images import to_unit
-from .errors import UsageError
+from .errors import RunError, UsageError
 
 
 class Backbone(nn.Module):
@@ -234,3 +234,23 @@ def extract(model: nn.Module, images: torch.Tensor, *, device: torch.device, bat
             model(to_unit(images[start : start + batch_size].to(device))).float() for start in range(0, len(images), batch_size)
         ]
     return torch.cat(parts)
+
+
+def require_finite(features: torch.Tensor, name: Callable[[int], str]) -> None:
+    """Make sure that the features (N, D) of N images are numbers.
+
+    Args:
+        features: What `extract` gives.
+        name: The name of the image at a row.
+
+    Raises:
+        RunError: They are not; the first such image is named.
+    """
+    broken = (~torch.isfinite(features).all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise RunError(
+            f"features of image {name(broken[0])}",
+            f"NaN or infinity ({len(broken)} of {len(features)} images)",
+            "finite numbers",
+            "look at that image; if all are so, train the detector again",
+        )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +16,12 @@ from .context import Context
 from .detector.network import ThreeHeadNet, load_network, save_network
 from .detector.training import Labelled, train_detector
 from .errors import UsageError
-from .features import evaluating, extract
+from .features import evaluating, extract, require_finite
 from .metrics import clustering_metrics
 from .training import place
+
+if TYPE_CHECKING:
+    from .outliers.dataset import OutlierSet
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +129,7 @@ def train_diffusion(run: Context, folder: Path, key: str) -> None:
     write_csv(folder / "loss-by-noise.csv", list(levels[0]), (list(row.values()) for row in levels))
 
 
-def read_outliers(run: Context, folder: str, sources: torch.Tensor) -> Labelled | None:
+def chosen_outliers(run: Context, folder: str, sources: torch.Tensor) -> OutlierSet | None:
     """Outliers that `selection` keeps, or controls, made of some images; None where the folder is absent.
 
     Args:
@@ -142,8 +146,13 @@ def read_outliers(run: Context, folder: str, sources: torch.Tensor) -> Labelled 
     chosen = sources[made.sources]
     if folder == "outliers":
         chosen &= select(made, run.config.selection).kept
-    made = made.take(chosen)
-    return Labelled(made.images, made.labels)
+    return made.take(chosen)
+
+
+def read_outliers(run: Context, folder: str, sources: torch.Tensor) -> Labelled | None:
+    """The images and labels of `chosen_outliers`."""
+    made = chosen_outliers(run, folder, sources)
+    return None if made is None else Labelled(made.images, made.labels)
 
 
 def train_reference(run: Context, folder: Path, key: str) -> None:
@@ -180,25 +189,33 @@ def score_features(run: Context, network: ThreeHeadNet, heldout: torch.Tensor | 
         run: A run whose outliers are generated; of a detector that was trained without them there are none.
         network: The trained network, on its device.
         heldout: bool (N,), the held-out images to choose on; None takes all of them.
+
+    Raises:
+        RunError: Features that are not finite; the image is named.
     """
     device = run.accelerator.device
     heldout = run.heldout if heldout is None else heldout
 
-    def features(images: torch.Tensor) -> torch.Tensor:
-        return extract(network.backbone, images, device=device)
+    def features(images: torch.Tensor, name: Callable[[int], str]) -> torch.Tensor:
+        found = extract(network.backbone, images, device=device)
+        require_finite(found, name)
+        return found
+
+    def inside(chosen: torch.Tensor) -> torch.Tensor:
+        return features(run.train.images[chosen], lambda row: run.train.names[int(chosen.nonzero()[row])])
 
     def made(folder: str, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = read_outliers(run, folder, sources) if run.config.detector.outlier_ratio > 0 else None
-        if found is None or not len(found.images):
+        found = chosen_outliers(run, folder, sources) if run.config.detector.outlier_ratio > 0 else None
+        if found is None or not len(found):
             return torch.empty(0, network.backbone.feature_size, device=device), torch.empty(0, dtype=torch.int64, device=device)
-        return features(found.images), found.labels.to(device)
+        return features(found.images, lambda row: f"{folder}/{found.manifest[row]['file']}"), found.labels.to(device)
 
     outliers, classes = made("outliers", ~run.heldout)
     heldout_outliers, heldout_classes = made("outliers", heldout)
     return {
-        "inside": features(run.train.images[~run.heldout]),
+        "inside": inside(~run.heldout),
         "outliers": outliers,
-        "heldout_inside": features(run.train.images[heldout]),
+        "heldout_inside": inside(heldout),
         "heldout_outliers": heldout_outliers,
         "outlier_classes": classes,
         "heldout_classes": heldout_classes,

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdood_plugin import context
+from sdood_plugin import context, stages
 from sdood_plugin.artifacts import read_csv, read_tensors
 from sdood_plugin.config import (
     ClusteringConfig,
@@ -174,6 +174,28 @@ def test_the_report_says_what_was_called_ood(finished, tmp_path):
     path.write_text(path.read_text().replace(",0\n", ",1\n"))
     write_report(copy)
     assert "in per cent: id 100.0, digits " in (copy / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("heldout", "outlier"), [(False, False), (True, False), (False, True)])
+def test_an_image_whose_features_are_not_finite_is_named_by_its_file(finished, monkeypatch, heldout, outlier):
+    run = context.Context(tiny_config(), finished)
+    chosen = run.heldout if heldout else ~run.heldout
+    name = run.train.names[chosen.nonzero()[3].item()]
+    broken = run.train.images[chosen][3]
+    if outlier:
+        made = OutlierSet(finished / "outliers")
+        row = int(chosen[made.sources].nonzero()[3])
+        name, broken = f"outliers/{made.manifest[row]['file']}", made.images[row]
+
+    def spoilt(model, images, **rest):
+        features = extract(model, images, **rest)
+        features[(images == broken).flatten(1).all(dim=1), 1] = torch.nan
+        return features
+
+    monkeypatch.setattr(stages, "extract", spoilt)
+    network = load_network(finished / "detector" / "detector.safetensors")
+    with pytest.raises(RunError, match=f"features of image {re.escape(name)}: got NaN or infinity .1 of"):
+        stages.score_features(run, network)
 
 
 def test_a_run_that_was_calibrated_by_an_earlier_version_can_still_be_looked_at(finished, tmp_path):

@@ -120,7 +120,8 @@ def fit_score(
     was trained against. So it is chosen on held-out outliers that find no outlier of their own class in the bank (what
     Meredig et al. 2018 do with clusters to measure extrapolation), and against held-out images and controls together: a
     control is as generated as an outlier, so that votes for being generated count for nothing. It is the smallest candidate
-    whose AUROC is within one standard error of the best one's (the rule of Breiman et al. 1984 for the simplest model).
+    whose AUROC is within one standard error of the best one's (the rule of Breiman et al. 1984 for the simplest model), which
+    is taken at half a misplaced image where the best is nearer to 100.
 
     Args:
         inside: float (N, D) features of in-distribution training images.
@@ -240,7 +241,8 @@ def _choose_alpha(inside: list[Terms], outside: Terms, config: ScoringConfig) ->
         sides = (torch.cat([one.distance + candidate * one.votes for one in side]).cpu() for side in (inside, [outside]))
         curve.append([candidate, detection_metrics(*sides)["auroc"]])
     best = max(auroc for _, auroc in curve)
-    allowed = best - auroc_standard_error(best, sum(len(one.votes) for one in inside), len(outside.votes))
+    counts = sum(len(one.votes) for one in inside), len(outside.votes)
+    allowed = best - auroc_standard_error(min(best, 100 - 50 / min(counts)), *counts)  # half an image is never known to be right
     return next(candidate for candidate, auroc in curve if auroc >= allowed), curve
 
 

@@ -209,6 +209,17 @@ def test_alpha_is_chosen_on_outliers_of_kinds_the_bank_lacks_against_images_and_
     assert calibration.distance_scale == pytest.approx(scale)
 
 
+def test_a_perfect_best_leaves_room_for_half_a_misplaced_image(monkeypatch, generator):
+    inside, outliers = torch.randn(50, 2, generator=generator), 20 + torch.randn(50, 2, generator=generator)
+    near, far = torch.randn(60, 2, generator=generator), 20 + torch.randn(40, 2, generator=generator)
+    far[0] = near[near.norm(dim=1).argsort()[-2]] + 0.01  # only this one lies among the images
+    asked = []
+    monkeypatch.setattr(score_module, "auroc_standard_error", lambda *given: asked.append(given) or standard_error(*given))
+    config = ScoringConfig(normalise=False, k_vote=1, alphas=[0.0, 1e4])
+    assert fit_score(inside, torch.cat([outliers, far[:1]]), near, far, config).calibration.alpha == 0
+    assert asked == [(100 - 50 / 40, 60, 40)]
+
+
 def test_votes_that_know_only_the_kinds_at_hand_are_given_no_weight(generator):
     inside = torch.randn(60, 2, generator=generator)
     places = torch.tensor([[0.3, 0.0], [-0.3, 0.0]])  # two kinds amid the images: only votes of one's own kind can tell
