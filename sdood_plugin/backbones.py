@@ -14,7 +14,7 @@ from .errors import RunError, UsageError
 HUB = "hub"  # in place of a file of weights: timm's own pre-trained ones
 RANDOM = "random"  # in place of a file of weights
 OWN = ("small_cnn", "resnet18_cifar")  # the names that are not timm's
-_CLASSIFIERS = ("head.", "head_dist.", "fc.", "classifier.")  # what timm calls the layers that `num_classes=0` leaves out
+_CLASSIFIERS = ("head", "head_dist", "fc", "classifier")  # what a classifier is called where timm does not say it of the model
 
 
 class SmallCNN(nn.Module):
@@ -140,7 +140,9 @@ def set_pooling(name: str, body: Any, pooling: str) -> None:
 
 
 def fitting_weights(tensors: dict[str, torch.Tensor], body: nn.Module, name: str, file: object) -> dict[str, torch.Tensor]:
-    """Those of a file's tensors that are the body's, with or without the prefix `body.`; a classifier's are left out.
+    """Those of a file's tensors that are the body's, with or without the prefix `body.`.
+
+    Left out are those of a classifier, and of a pooling that the body was given another for.
 
     Raises:
         UsageError: One is absent, has another shape, or is of nothing the body has; the message counts them.
@@ -152,7 +154,7 @@ def fitting_weights(tensors: dict[str, torch.Tensor], body: nn.Module, name: str
     cases = [
         [f"no {key}" for key in sorted(set(wanted) - set(kept))],
         [f"{key} of shape {tuple(kept[key].shape)}, not {tuple(wanted[key].shape)}" for key in misfit],
-        [f"{key}, which it has not" for key in sorted(set(own) - set(kept)) if not key.startswith(_CLASSIFIERS)],
+        [f"{key}, which it has not" for key in sorted(_foreign(set(own) - set(kept), body, name))],
     ]
     for found in cases:
         if found:
@@ -163,3 +165,16 @@ def fitting_weights(tensors: dict[str, torch.Tensor], body: nn.Module, name: str
                 "give the weights of this backbone",
             )
     return kept
+
+
+def _foreign(keys: set[str], body: nn.Module, name: str) -> set[str]:
+    """Those of the keys that neither a classifier of this network nor timm's whole model of that name has."""
+    said: Any = getattr(body, "pretrained_cfg", {}).get("classifier") or ()
+    layers = (*_CLASSIFIERS, *((said,) if isinstance(said, str) else said))
+    keys = {key for key in keys if not key.startswith(tuple(f"{layer}." for layer in layers))}
+    if not keys or name in OWN:
+        return keys
+    import timm
+
+    with torch.device("meta"):
+        return keys - timm.create_model(name).state_dict().keys()

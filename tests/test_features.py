@@ -71,6 +71,45 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, backbone, change, message
         load_backbone("small_cnn", tmp_path / "w.safetensors")
 
 
+def siglip(**settings):
+    """A SigLIP of two narrow blocks under the name of a real one: its feature is an attention pooling's."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    settings = {"global_pool": "map", "class_token": False, "num_classes": 0, **settings}
+    return VisionTransformer(img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3, **settings)
+
+
+@pytest.mark.parametrize("name", ["efficientvim_m1_dist", "legacy_seresnet18", "levit_128s", "test_vit"])
+def test_the_state_dict_of_a_whole_timm_model_is_taken_without_its_classifiers(tmp_path, name):
+    import timm
+
+    state = timm.create_model(name).state_dict()
+    write_tensors(tmp_path / "whole.safetensors", state)
+    body = load_backbone(name, tmp_path / "whole.safetensors").body
+    assert all(torch.equal(value, state[key]) for key, value in body.state_dict().items()) and len(state) > len(body.state_dict())
+    write_tensors(tmp_path / "other.safetensors", {**state, "heads.of.another": torch.zeros(2), "neck.bias": torch.zeros(2)})
+    with pytest.raises(UsageError, match="heads.of.another, which it has not .2 such of"):
+        check_backbone(name, tmp_path / "other.safetensors")
+
+
+def test_the_weights_of_a_pooling_that_was_replaced_are_left_out(tmp_path, monkeypatch):
+    import timm
+
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: siglip())
+    name = "vit_base_patch16_siglip_224"
+    state = siglip().state_dict()
+    write_tensors(tmp_path / "w.safetensors", {**state, "head.weight": torch.zeros(10, 48)})
+    body = load_backbone(name, tmp_path / "w.safetensors", pooling="mean").body
+    assert body.attn_pool is None and torch.equal(body.state_dict()["norm.weight"], state["norm.weight"])
+    write_tensors(tmp_path / "other.safetensors", {**state, "attn_pool.scale": torch.zeros(2)})
+    with pytest.raises(UsageError, match="attn_pool.scale, which it has not .1 such of"):
+        load_backbone(name, tmp_path / "other.safetensors", pooling="mean")
+    del state["attn_pool.latent"]
+    write_tensors(tmp_path / "less.safetensors", state)
+    with pytest.raises(UsageError, match="no attn_pool.latent"):
+        load_backbone(name, tmp_path / "less.safetensors")
+
+
 def test_an_unknown_backbone_is_refused_with_near_names():
     with pytest.raises(UsageError, match="resnet_18_cifr.*resnet"):
         Backbone("resnet_18_cifr")
