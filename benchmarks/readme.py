@@ -128,6 +128,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         *pictures,
         table(result["rows"]),
         decisions(result["rows"]),
+        by_class(result.get("by_class", [])),
         *([paired(result["paired"])] if result.get("paired") else []),
     ]
     return "\n".join([*head, *(f"\n{part}" for part in body if part), ""])
@@ -144,6 +145,20 @@ def decisions(rows: Sequence[dict[str, Any]]) -> str:
     }
     said = ", ".join("{} {:.1f} +- {:.1f}".format(name, *mean_and_deviation(values)) for name, values in shares.items())
     return f"`sdood` calls OOD, at the threshold chosen on held-out images, in per cent: {said}."
+
+
+def by_class(rows: Sequence[dict[str, Any]], method: str = "both") -> str:
+    """AUROC of each OOD set against the ID test images of one true class, where that is recorded."""
+    own = [row for row in rows if row["method"] == method]
+    if not own:
+        return ""
+    sets = list(dict.fromkeys(row["ood"] for row in own))
+    counts = {row["id_class"]: row["n_id"] for row in own}
+    lines = []
+    for label, count in sorted(counts.items()):
+        cells = [[row for row in own if (row["id_class"], row["ood"]) == (label, name)] for name in sets]
+        lines.append([str(label), str(count), *(_spread(cell, "auroc") for cell in cells)])
+    return f"AUROC of `{method}` against the ID test images of one class\n\n" + _markdown(["class", "ID images", *sets], lines)
 
 
 def shortcomings(result: dict[str, Any]) -> str:

@@ -353,6 +353,21 @@ def test_the_readme_says_what_a_threshold_calls_ood():
     assert readme.decisions(rows).endswith("ID 5.0 +- 1.4, near 85.0 +- 7.1, far 100.0 +- 0.0.")
 
 
+def test_the_readme_shows_the_auroc_of_each_id_class():
+    assert readme.by_class([]) == ""
+    cells = [("near", 1, 0, 80.0), ("near", 1, 1, 90.0), ("far", 1, 0, 99.0), ("near", 0, 0, 70.0), ("far", 0, 0, 98.0)]
+    rows = [
+        {"method": "both", "seed": seed, "ood": name, "id_class": label, "auroc": auroc, "n_id": 50 + label, "n_ood": 20}
+        for name, label, seed, auroc in cells
+    ]
+    other = {**rows[0], "method": "distance", "auroc": 1.0}
+    text = readme.by_class([*rows, other])
+    assert text.endswith("| class | ID images | near | far |\n| --- | --- | --- | --- |\n| 0 | 50 | 70.0 | 98.0 |\n"
+                         "| 1 | 51 | 85.0 +- 7.1 | 99.0 |")  # fmt: skip
+    result = {"command": "x", "device": "cpu", "versions": {}, "seeds": [0, 1], "wall_s": 1, "rows": [], "by_class": rows}
+    assert text in readme.section("scoring", result)
+
+
 def test_a_result_of_older_code_says_so(tmp_path, monkeypatch):
     def git(*words):
         said = subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True, text=True)
