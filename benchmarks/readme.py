@@ -25,6 +25,7 @@ them before the score is fixed. Names ending in `-cosine` are a comparator's sco
 """
 OURS = {"DN2": "dn2", "MSCL": "mscl", "Multi-class AD": "multi-class", "Fake-it": "fake-it", "Ours": "sdood"}
 COLUMNS = (("cifar100",), ("svhn",), ("lsun-resize", "lsun-fix"))
+FIGURES = ("triplets", "tsne", "histograms", "noise-levels")  # a result's, beside the one of its own name
 NOT_YET = "not yet"
 ROOT = Path(__file__).parent.parent
 CLAIM_SEEDS = 3  # fewer say neither ahead nor behind
@@ -108,12 +109,9 @@ def _steps(result: dict[str, Any], steps: int, method: str) -> str:
 
 def section(name: str, result: dict[str, Any]) -> str:
     """One result: where it comes from, its table, its paired differences, its figures."""
-    figures = sorted((Path(__file__).parent / "figures").glob(f"{name}*.png"))
-    pictures = [
-        f"![{path.stem}](figures/{path.name})"
-        for path in figures
-        if path.stem in (name, f"{name}-triplets", f"{name}-tsne", f"{name}-noise-levels")
-    ]
+    figures = sorted((RESULTS.parent / "figures").glob(f"{name}*.png"))
+    shown = (name, *(f"{name}-{ending}" for ending in FIGURES))
+    pictures = [f"![{path.stem}](figures/{path.name})" for path in figures if path.stem in shown]
     counts = ", ".join(f"{key} {value}" for key, value in result.get("data", {}).items())
     head = [
         f"## {name}\n",

@@ -7,7 +7,8 @@ Every run's detector scores its own test sets. `by_class` in the result is the A
 of one true class; `chosen` is what held-out data decided in each run. The rows `both, alpha by ...` choose alpha in other
 ways: on `outliers` as they come against images, with their own `classes` left out of the bank, against images and `controls`,
 or (the score's own way) both. For the figure (Fig. 3 of the paper) the first run's detector is trained again for
-`--early-epochs`, with the learning rate falling to 0 in that time, and its features stand beside those of the run's own.
+`--early-epochs`, with the learning rate falling to 0 in that time, and its features stand beside those of the run's own. A
+second figure has the scores that the first run's evaluation wrote of each test set, and its threshold.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ RULES = {  # how alpha is chosen -> what of the held-out data is not told
     "controls": ("outlier_classes", "heldout_classes"),
     "classes and controls": (),
 }
+FINISHED = ("detector/score.json", "evaluation/scores-id.csv")  # what is there of a run that can be read
 OOD_COLOURS = ("#c53030", "#805ad5", "#dd6b20", "#744210")
 
 
@@ -164,10 +166,20 @@ def draw(file: Path, figure_file: Path) -> None:
         figure.savefig(temporary, bbox_inches="tight", dpi=130)
 
 
+def draw_scores(folder: Path, figure_file: Path) -> None:
+    """The score of each test set and the threshold, from what the run's evaluation wrote."""
+    from sdood_plugin.report.figures import score_histogram
+
+    figure = score_histogram(folder)
+    assert figure is not None, f"{folder} is not evaluated"
+    with atomic_path(figure_file) as temporary:
+        figure.savefig(temporary, bbox_inches="tight", dpi=130)
+
+
 def main() -> None:
     """Score every run, write after each; then the figure."""
     settings = arguments()
-    absent = [str(run) for run in settings.runs if not (run / "detector" / "score.json").exists()]
+    absent = [str(run) for run in settings.runs if not all((run / file).exists() for file in FINISHED)]
     if absent:
         raise SystemExit(f"no finished run in {', '.join(absent)}: name run folders, or run `python -m benchmarks.demo` first")
     rows: list[dict[str, Any]] = []
@@ -186,9 +198,10 @@ def main() -> None:
         seeds.append(run.config.seed)
         facts["data"] = {"train": len(run.train), **dict(zip(tests.names, map(len, tests.sets), strict=True))}
         write_result(name, configs, seeds, rows, facts, device=run.config.device)
-    file = RESULTS.parent / "figures" / f"{name}-tsne.png"
+    figures = RESULTS.parent / "figures"
+    draw_scores(settings.runs[0], figures / f"{name}-histograms.png")
     facts["tsne"] = early_and_late(*opened(settings.runs[0]), settings.early_epochs)
-    draw(write_result(name, configs, seeds, rows, facts, device=run.config.device), file)
+    draw(write_result(name, configs, seeds, rows, facts, device=run.config.device), figures / f"{name}-tsne.png")
     oods = list(dict.fromkeys(row["ood"] for row in rows))
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == ood]) for ood in oods]

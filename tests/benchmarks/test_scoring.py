@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
 
-from benchmarks import scoring
+import pytest
+from PIL import Image
+
+from benchmarks import readme, scoring
 from sdood_plugin import stages
 from sdood_plugin.artifacts import read_json
 from sdood_plugin.detector.network import load_network
@@ -14,9 +17,15 @@ from sdood_plugin.scoring.score import fit_score
 from ..test_run import tiny_config
 
 
-def test_the_ablation_scores_the_run_and_chooses_alpha_in_four_ways(tmp_path, monkeypatch):
-    run_stages(tiny_config(), tmp_path / "run", "evaluate")
-    run, tests = scoring.opened(tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scoring") / "run"
+    run_stages(tiny_config(), folder, "evaluate")
+    return folder
+
+
+def test_the_ablation_scores_the_run_and_chooses_alpha_in_four_ways(finished, monkeypatch):
+    run, tests = scoring.opened(finished)
     own = {row["ood"]: row["auroc"] for row in read_json(run.folder / "evaluation" / "rows.json") if row["method"] == "sdood"}
     rows, by_class = scoring.ablation(run, tests)
     assert {row["ood"]: row["auroc"] for row in rows if row["method"] == "both"} == pytest.approx(own)
@@ -30,3 +39,24 @@ def test_the_ablation_scores_the_run_and_chooses_alpha_in_four_ways(tmp_path, mo
     last = f"both, alpha by {list(found)[-1]}"
     assert {row["ood"]: row["auroc"] for row in rows if row["method"] == last} == pytest.approx(own)
     assert found["classes and controls"] == read_json(run.folder / "detector" / "score.json")["calibration"]["alpha"]
+
+
+def test_the_readme_shows_the_scores_of_the_first_run_and_its_threshold(finished, tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    for module in (scoring, readme):
+        monkeypatch.setattr(module, "RESULTS", results)
+    monkeypatch.setattr(scoring, "write_result", partial(scoring.write_result, folder=results))
+    monkeypatch.setattr("sys.argv", ["scoring", str(finished), "--suffix=-tiny"])
+    scoring.main()
+    with Image.open(tmp_path / "figures" / "scoring-tiny-histograms.png") as drawn:
+        assert min(drawn.size) > 200
+    text = readme.section("scoring-tiny", read_json(results / "scoring-tiny.json"))
+    assert all(f"(figures/scoring-tiny-{name}.png)" in text for name in ("histograms", "tsne"))
+
+
+def test_a_run_that_is_not_evaluated_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector" / "score.json").touch()
+    monkeypatch.setattr("sys.argv", ["scoring", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no finished run in"):
+        scoring.main()
