@@ -147,8 +147,9 @@ def fitting_weights(tensors: dict[str, torch.Tensor], body: nn.Module, name: str
     Raises:
         UsageError: One is absent, has another shape, or is of nothing the body has; the message counts them.
     """
-    own = {key.removeprefix("body."): value for key, value in tensors.items()}
     wanted = body.state_dict()
+    prefix = "" if tensors.keys() & wanted.keys() else "body."  # which some of timm's own names begin with
+    own = {key.removeprefix(prefix): value for key, value in tensors.items()}
     kept = {key: value for key, value in own.items() if key in wanted}
     misfit = [key for key, value in kept.items() if value.shape != wanted[key].shape]
     cases = [

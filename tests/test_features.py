@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sdood_plugin.artifacts import write_tensors
-from sdood_plugin.backbones import set_pooling
+from sdood_plugin.backbones import fitting_weights, make_body, set_pooling
 from sdood_plugin.data.images import to_unit
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.features import Backbone, check_backbone, evaluating, extract, load_backbone
@@ -69,6 +69,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, backbone, change, message
     write_tensors(tmp_path / "w.safetensors", state)
     with pytest.raises(UsageError, match=message):
         load_backbone("small_cnn", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "body."])
+def test_names_that_begin_with_the_prefix_are_kept(prefix):
+    with torch.device("meta"):
+        body = make_body("tresnet_m")[0]
+    state = body.state_dict()
+    assert "body.conv1.conv.weight" in state
+    fitting = fitting_weights({prefix + name: value for name, value in state.items()}, body, "tresnet_m", "w.safetensors")
+    assert fitting.keys() == state.keys()
 
 
 def siglip(**settings):
