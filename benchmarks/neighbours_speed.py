@@ -7,8 +7,10 @@ faiss is used as OpenOOD's KNN does, an `IndexFlatL2` of unit features; scikit-l
 `NearestNeighbors`. Task `search` is the k nearest of the bank. Task `score` is distance and vote with half of the bank
 outliers: theirs needs a search of the images' half and one of the whole bank, ours meets every row once. All get all
 queries in one call and the same number of threads, where ours is not on a GPU; each row names its device. What is prepared
-once, index, fit or bank, is timed apart. ratio is theirs / ours of the fastest of the repeats. On one thread of the CPU
-seconds are the process's own (`time.process_time`), which other work on the machine disturbs less; else those on the wall.
+once, index, fit or bank, is timed apart. ratio is theirs / ours of the fastest of the repeats; ratio_..._prepared counts what
+each prepares for the task, too, as one call on a new bank takes. `multiplies_bfloat16` says whether the device of ours does,
+which its speed rests on. On one thread of the CPU seconds are the process's own (`time.process_time`), which other work on
+the machine disturbs less; else those on the wall.
 
 Ours is compared with the definition for some queries, and its votes with its search of the whole bank; rows of the others
 may differ from ours only where the true distances are equal to what a float32 sum can tell.
@@ -27,6 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.record import device_name, write_result
 from sdood_plugin.neighbours import Bank
+from sdood_plugin.neighbours.candidates import multiplies_bfloat16
 from sdood_plugin.scoring.terms import distance_and_votes
 
 K_DISTANCE, K_VOTE = 2, 5
@@ -150,8 +153,7 @@ def case(kind: str, queries: int, rows: int, width: int, settings: argparse.Name
     images, device = rows // 2, torch.device(settings.device)
     on_device, asked_there = bank.to(device), asked.to(device)
     own = ours(on_device, asked_there, settings.repeats)
-    (_, search_s, search), (_, score_s, score) = own["search"], own["score"]
-    found_rows, votes = search[1].cpu(), score[1].cpu()
+    found_rows, votes = (own[task][2][1].cpu() for task in ("search", "score"))
     assert torch.equal(found_rows[:20], by_definition(asked[:20], bank, K_VOTE)), "ours is not exact"
     assert torch.equal((found_rows >= images).sum(dim=1), votes.long()), "ours votes otherwise than its neighbours"
     shape = {"features": kind, "queries": queries, "bank": f"{rows} x {width}", "k": K_VOTE}
@@ -161,21 +163,33 @@ def case(kind: str, queries: int, rows: int, width: int, settings: argparse.Name
         row = {"method": "sdood", "task": task, **here, "seconds": seconds, "images_per_s": queries / seconds}
         records.append(row | {"prepare_s": prepare_s})
     fastest = min(product_seconds(asked_there, on_device, dtype) for dtype in (torch.bfloat16, torch.float32))
-    records.append({"method": "matrix product alone", "task": "search", **here, "seconds": fastest, "ratio": fastest / search_s})
+    records.append(
+        {"method": "matrix product alone", "task": "search", **here, "seconds": fastest, "ratio": fastest / own["search"][1]}
+    )
     for name, make in (("faiss", faiss_search), ("sklearn", sklearn_search)):
-        prepare_s, joint = timed(lambda make=make: make(bank.numpy()))
-        half = make(bank[:images].numpy())
+        joint_s, joint = timed(lambda make=make: make(bank.numpy()))
+        half_s, half = timed(lambda make=make: make(bank[:images].numpy()))
         seconds, found = timed(lambda joint=joint: joint(asked.numpy(), K_VOTE), settings.repeats)
         check_rows(found[1], found_rows, asked, bank)
-        common = {"method": name, **shape, "device": device_name("cpu")}
-        records.append(
-            {**common, "task": "search", "seconds": seconds, "images_per_s": queries / seconds, "prepare_s": prepare_s}
-        )
-        records[-1] |= {f"ratio_{name}": seconds / search_s, **agreement(search, found)}
+        theirs = {"search": (joint_s, seconds, found)}
         seconds, found = timed(lambda half=half, joint=joint: two_searches(half, joint, asked.numpy(), images), settings.repeats)
-        records.append({**common, "task": "score", "seconds": seconds, "images_per_s": queries / seconds})
-        records[-1] |= {f"ratio_{name}": seconds / score_s, **agreement(score, found)}
+        theirs["score"] = joint_s + half_s, seconds, found
+        common = {"method": name, **shape, "device": device_name("cpu")}
+        records += [{**common, "task": task, **beside(name, theirs[task], own[task], queries)} for task in own]
     return records
+
+
+def beside(name: str, theirs: tuple[float, float, Any], own: tuple[float, float, Any], queries: int) -> dict[str, float]:
+    """Columns of another's task beside ours, both (seconds of preparation, seconds of the task, answer)."""
+    (prepare_s, seconds, found), (own_prepare_s, own_s, answer) = theirs, own
+    return {
+        "seconds": seconds,
+        "images_per_s": queries / seconds,
+        "prepare_s": prepare_s,
+        f"ratio_{name}": seconds / own_s,
+        f"ratio_{name}_prepared": (prepare_s + seconds) / (own_prepare_s + own_s),
+        **agreement(answer, found),
+    }
 
 
 def product_seconds(queries: torch.Tensor, bank: torch.Tensor, dtype: torch.dtype) -> float:
@@ -207,6 +221,7 @@ def main() -> None:
         for kind, queries, rows, width in cases:
             records += case(kind, queries, rows, width, settings)
             facts = {"data": {}, "note": "Random vectors.", "device_of_ours": settings.device}
+            facts["multiplies_bfloat16"] = multiplies_bfloat16(torch.device(settings.device))
             write_result(f"neighbours_speed{settings.suffix}", vars(settings), [0], records, facts, device=settings.device)
     for record in records:
         ratios = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name.startswith(("ratio", "same")))
