@@ -130,6 +130,7 @@ GIVEN = [DIFFUSION, REFERENCE, GENERATE, DETECTOR, EVALUATE, PRETEXT, NOISE, *NE
          Step("compare", 6, rows=_methods(*NEW, *POSTHOC, "oe-noise"))]  # fmt: skip
 PAIR = "--config configs/cifar10_resnet18_unlabelled.yml --clustering.pretext_steps 15000 --diffusion.steps 10000"
 VIT = PAIR.replace("cifar10_resnet18_unlabelled", "cifar10_vit_b16") + " --detector.epochs 8 --start-from table1-gpu-resnet18"
+TINY_VIT = PAIR.replace("cifar10_resnet18_unlabelled", "cifar10_vit_tiny") + " --start-from table1-gpu-resnet18"
 SHARED = f"{PAIR} --start-from table1-gpu-resnet18"
 OPENOOD = "--clustering.pretext_steps 15000 --diffusion.steps 10000"
 FIRST = "unlabelled ResNet-18:"
@@ -145,6 +146,11 @@ def _tables(seed: int) -> tuple[list[Item], list[Item], list[Item]]:
 
 
 RESNET, LABELLED, TRANSFORMER = _tables(0)
+SMALL_TRANSFORMER = Item(  # every seed fine-tuned on that seed's clusters of the ResNet: several slots of one command
+    "ViT-Tiny, fine-tuned", f"python -m benchmarks.table1 --size gpu --suffix=-vit-tiny {TINY_VIT} --seeds 0 1 2", 10,
+    f"{TREE}; {VIT_TINY}, whole SVHN, LSUN", "table1-gpu-vit-tiny.json",
+    tuple({"seed": seed, "method": method} for seed in (0, 1, 2) for method in ("sdood", *NEW)),
+    after=tuple(f"{FIRST} generate {seed}" for seed in (0, 1, 2)))  # fmt: skip
 CELLS = tuple({"seed": 0, **cell, "method": "sdood"} for cell in table2.grid("gpu"))
 OUTLIERS = _staged("CIFAR-10 outliers:", "cifar10_outliers-gpu", "--data data", 0, f"{CIFAR10} in OpenOOD's tree below data/; 1 GB", [
     DIFFUSION, Step("train-reference", 4, "stages/train-reference.json"), Step("generate", 7, "stages/generate.json"),
@@ -205,6 +211,7 @@ QUEUE = [
     Item("figure 3", f"python -m benchmarks.fig3 --size gpu {SHARED} --seeds 0 --detector.epochs 20", 10, TREE, "fig3-gpu.json",
          tuple({"seed": 0, "training": name} for name in ("early", "late")), after=(f"{FIRST} generate 0",)),
     *[item for seed in (1, 2) for items in _tables(seed) for item in items],
+    SMALL_TRANSFORMER,
     *map(_sampling, (1, 2)),
 ]  # fmt: skip
 

@@ -8,10 +8,11 @@ import shlex
 
 import pytest
 
-from benchmarks import queue, sampling_speed, table2
+from benchmarks import experiment, queue, sampling_speed, table1, table2
 from benchmarks.experiment import configuration
 from benchmarks.queue import QUEUE, Item, following
 from sdood_plugin.artifacts import write_json
+from sdood_plugin.cli import build_parser, run_config
 from sdood_plugin.config import RunConfig
 from sdood_plugin.stage_table import BY_NAME
 
@@ -94,6 +95,23 @@ def test_the_tables_of_the_queue_have_settings_that_can_be_read():
             assert first == second, f"{script} would run {name} again"
 
 
+def test_the_small_transformer_is_fine_tuned_by_its_own_file_on_three_seeds_of_the_resnets_clusters():
+    item = next(item for item in QUEUE if item.name == "ViT-Tiny, fine-tuned")
+    options = table1.read_options("table1", "", shlex.split(item.command)[3:])
+    assert options.seeds == [0, 1, 2] == sorted({row["seed"] for row in item.rows})
+    own = configuration(options, table1.SIZES)
+    folder = experiment.ROOT / "configs"
+    words = ["run", "--config", str(folder / "cifar10.yml"), "--config", str(folder / "cifar10_vit_tiny.yml"), "--out", "unused"]
+    parser = build_parser()
+    assert own.detector == run_config(parser.instantiate(parser.parse_args(words))["run"]).detector
+    assert own.detector.frozen_blocks == 6 and own.detector.backbone == "vit_tiny_patch16_224"
+    first = next(item for item in QUEUE if item.name.startswith("unlabelled ResNet-18: cluster"))
+    resnet = configuration(table1.read_options("table1", "", shlex.split(first.command)[3:]), table1.SIZES)
+    assert options.start_from == "table1-gpu-resnet18"
+    for name in ("cluster", "train-diffusion"):
+        assert BY_NAME[name].settings(own) == BY_NAME[name].settings(resnet), f"it would run {name} again"
+
+
 def test_the_next_item_is_the_first_that_is_missing_and_fits(tmp_path):
     rows = tuple({"seed": seed, "cell": cell} for seed in (0, 1) for cell in "ab")
     items = [
@@ -128,6 +146,7 @@ def test_the_next_item_is_the_first_that_is_missing_and_fits(tmp_path):
         ("table 3", 10),
         ("figure 3", 2),
         ("frozen ViT-Tiny", 6),
+        ("ViT-Tiny, fine-tuned", 18),
         ("selection", 18),
     ],
 )
