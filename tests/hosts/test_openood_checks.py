@@ -287,3 +287,64 @@ def test_gpu_random_states_are_as_before_a_pipeline(host, monkeypatch):
     with pytest.raises(KeyError), pipeline._restored_process():
         raise KeyError
     assert given == [["before"]]
+
+
+def stock(data: Path, configs: Path, output: Path, *settings: str, network: str = "networks/lenet.yml") -> list[str]:
+    """The host's `train_oe` of one of its networks."""
+    names = ("preprocessors/base_preprocessor.yml", "pipelines/train/baseline.yml", "pipelines/train/train_oe.yml")
+    files = {name: configs / name for name in (network, *names)}
+    return started(output, {"dataset": data / "dataset.yml", **files}, "--optimizer.num_epochs", "1", *settings)
+
+
+def test_a_stock_network_or_checkpoint_that_does_not_fit_is_refused(data, configs, tmp_path, capsys):
+    from openood.networks.lenet import LeNet
+
+    state = LeNet(num_classes=3, num_channel=3).state_dict()
+    first = next(iter(state))
+    files = {
+        "fits": state,
+        "foreign": {f"network.{name}": value for name, value in state.items()},
+        "parallel": {f"module.{name}": value for name, value in state.items()},
+        "classes": LeNet(num_classes=5, num_channel=3).state_dict(),
+        "shape": {**state, first: torch.zeros(1, 2, 3)},
+        "more": {**state, "layer9.weight": torch.zeros(1)},
+    }
+    for name, tensors in files.items():
+        torch.save(tensors, tmp_path / f"{name}.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    pretrained = f"--network.pretrained True --network.checkpoint {tmp_path}/"
+    within = f"--network.backbone.pretrained True --network.backbone.checkpoint {tmp_path}/"
+    plain, mcd = "networks/lenet.yml", "networks/mcd_net.yml"
+    cases = [
+        (plain, "--network.name lenett", "network: got lenett: Unexpected Network Architecture!"),
+        (mcd, "--network.backbone.name lenett", "network: got mcd: Unexpected Network Architecture!"),
+        (plain, f"{pretrained}none.ckpt", "none.ckpt; expected a file"),
+        (plain, f"{pretrained}text.ckpt", "expected a state dict that loads with weights_only"),
+        (plain, f"{pretrained}foreign.ckpt", f"foreign.ckpt: got no {first}; expected the tensors of lenet"),
+        (plain, f"{pretrained}parallel.ckpt", f"parallel.ckpt: got no {first}"),
+        (plain, f"{pretrained}classes.ckpt", "of shape (5,"),
+        (plain, f"{pretrained}shape.ckpt", f"got {first} of shape (1, 2, 3); expected the tensors of lenet with"),
+        (plain, f"{pretrained}more.ckpt", "got layer9.weight of shape (1,)"),
+        (mcd, f"{pretrained}fits.ckpt", "expected the tensors of mcd"),
+        (mcd, f"{within}foreign.ckpt", f"foreign.ckpt: got no {first}"),
+    ]
+    for network, settings, expected in cases:
+        assert expected in refused(stock(data, configs, tmp_path / "results", *settings.split(), network=network), capsys)
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("setting", ["network", "network.backbone"])
+def test_a_stock_checkpoint_that_fits_passes_and_leaves_random_states(data, configs, tmp_path, setting):
+    from openood.networks.lenet import LeNet
+
+    from sdood_plugin.hosts.openood.__main__ import read_config
+    from sdood_plugin.hosts.openood.checks import check_config
+
+    torch.save(LeNet(num_classes=3, num_channel=3).state_dict(), tmp_path / "fits.ckpt")
+    settings = [f"--{setting}.pretrained", "True", f"--{setting}.checkpoint", str(tmp_path / "fits.ckpt")]
+    network = "networks/lenet.yml" if setting == "network" else "networks/mcd_net.yml"
+    config = read_config(stock(data, configs, tmp_path, *settings, network=network))
+    given, before = str(config), torch.get_rng_state()
+    check_config(config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert str(config) == given

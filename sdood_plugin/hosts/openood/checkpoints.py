@@ -65,7 +65,7 @@ def load_checkpoint(
         net = load_detector(path, normalisation)
         _check_classes(path, net.classes, classes)
         return net
-    tensors = _read_state(path)
+    tensors = {key.removeprefix("module."): value for key, value in read_state(path).items()}
     if any(key.startswith("network.") for key in tensors):
         network = ThreeHeadNet(load_backbone(backbone, None, pooling=pooling, input_size=input_size), classes)
         own = {key.removeprefix("network."): value for key, value in tensors.items()}
@@ -96,7 +96,12 @@ def _stock(path: Path, tensors: dict[str, torch.Tensor], classes: int) -> SDOODN
     return SDOODNet(network, None).eval()
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, by the names they have there, on the CPU.
+
+    Raises:
+        UsageError: The file is absent or no state dict.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -117,7 +122,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             "a state dict, tensors by name",
             "give the file the host's recorder writes (best.ckpt)",
         )
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    return dict(content)
 
 
 def _check_classes(path: Path, found: int, wanted: int) -> None:
@@ -128,13 +133,22 @@ def _check_classes(path: Path, found: int, wanted: int) -> None:
 
 
 def _load(network: ThreeHeadNet, tensors: dict[str, torch.Tensor], path: Path, name: str) -> None:
-    wanted = network.state_dict()
+    check_state(network.state_dict(), tensors, path, name)
+    network.load_state_dict(tensors)
+
+
+def check_state(wanted: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], path: Path, name: str) -> None:
+    """Make sure that a file's tensors are those of a network, no fewer and no more, in name and shape.
+
+    Raises:
+        UsageError: They are not.
+    """
     wrong = next((key for key in wanted if key not in tensors or tensors[key].shape != wanted[key].shape), None)
     wrong = wrong or next((key for key in tensors if key not in wanted), None)
     if wrong is not None:
         found = f"{wrong} of shape {tuple(tensors[wrong].shape)}" if wrong in tensors else f"no {wrong}"
-        raise UsageError(f"checkpoint {path}", found, f"the tensors of {name}", "give the checkpoint of this backbone")
-    network.load_state_dict(tensors)
+        shape = f" with {tuple(wanted[wrong].shape)}" if wrong in tensors and wrong in wanted else ""
+        raise UsageError(f"checkpoint {path}", found, f"the tensors of {name}{shape}", "give the checkpoint of this backbone")
 
 
 def build_network(config: Any, classes: int) -> SDOODNet:

@@ -11,6 +11,7 @@ from .checkpoints import build_network
 from .host import require_host
 from .imglist import check_imglist
 from .postprocessor import SDOODPostprocessor
+from .stock_networks import check_stock_network
 from .trainer import require_three_heads
 
 require_host()
@@ -111,7 +112,9 @@ def _check_network(network: Any, classes: int, own: bool) -> None:
         )
     if own and network.name != "sdood":
         raise UsageError("network.name", network.name, "sdood, the network with three heads", "give networks/sdood_net.yml")
-    if network.pretrained and network.name == "sdood":
+    if network.name != "sdood":
+        check_stock_network(network)
+    elif network.pretrained:
         net = build_network(type(network)({**network, "num_gpus": 0}), classes)
         if own:
             require_three_heads(net)
