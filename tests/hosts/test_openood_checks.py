@@ -289,11 +289,13 @@ def test_gpu_random_states_are_as_before_a_pipeline(host, monkeypatch):
     assert given == [["before"]]
 
 
-def stock(data: Path, configs: Path, output: Path, *settings: str, network: str = "networks/lenet.yml") -> list[str]:
+def stock(
+    data: Path, configs: Path, output: Path, *settings: str, network: str = "networks/lenet.yml", **files: Path
+) -> list[str]:
     """The host's `train_oe` of one of its networks."""
     names = ("preprocessors/base_preprocessor.yml", "pipelines/train/baseline.yml", "pipelines/train/train_oe.yml")
-    files = {name: configs / name for name in (network, *names)}
-    return started(output, {"dataset": data / "dataset.yml", **files}, "--optimizer.num_epochs", "1", *settings)
+    own = {"dataset": data / "dataset.yml", **{name: configs / name for name in (network, *names)}}
+    return started(output, own | files, "--optimizer.num_epochs", "1", *settings)
 
 
 def test_a_stock_network_or_checkpoint_that_does_not_fit_is_refused(data, configs, tmp_path, capsys):
@@ -348,3 +350,21 @@ def test_a_stock_checkpoint_that_fits_passes_and_leaves_random_states(data, conf
     check_config(config)
     assert torch.equal(torch.get_rng_state(), before)
     assert str(config) == given
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_label_below_zero_is_refused_where_the_host_learns_or_counts_it(data, configs, tmp_path, capsys, split):
+    (tmp_path / "list.txt").write_text(f"{split}0.png -1\n")
+    path = edited(data / "dataset.yml", tmp_path, **{f"dataset__{split}__imglist_pth": f"{tmp_path}/list.txt"})
+    for given in (stock(data, configs, tmp_path / "results", dataset=path), scoring(data, configs, tmp_path, dataset=path)):
+        assert "list.txt line 1: got label -1; expected at most 2, and not below 0" in refused(given, capsys)
+    assert not (tmp_path / "results").exists()
+
+
+def test_outliers_of_the_hosts_trainers_need_no_class(data, configs, tmp_path):
+    from sdood_plugin.hosts.openood.__main__ import read_config
+    from sdood_plugin.hosts.openood.checks import check_config
+
+    (tmp_path / "list.txt").write_text("oe0.png -1\n")
+    path = edited(data / "dataset.yml", tmp_path, dataset__oe__imglist_pth=f"{tmp_path}/list.txt")
+    check_config(read_config(stock(data, configs, tmp_path, dataset=path)))

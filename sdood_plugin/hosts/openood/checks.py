@@ -18,6 +18,7 @@ require_host()
 from openood.datasets import utils as host_loaders  # noqa: E402 - only after the host is on the path
 
 SPLITS = ("train", "oe", "val", "test")
+_LEARNT = ("train", "val", "test")  # the host counts or learns their classes; it gives outliers none
 _TRAINER_KEYS = {"name", "lambda_out"}
 _READ_OOD = ("test_ood", "test_ood_aps", "test_ad", "train_ad", "feat_extract_opengan")  # the host's that read `ood_dataset`
 _COUNT_EPOCHS = ("train", "train_oe")
@@ -31,7 +32,7 @@ def check_config(config: Any) -> None:
     """
     pipeline = config.pipeline.name
     own = pipeline == "train_sdood"
-    _check_dataset(config.dataset, (*SPLITS, "controls") if own else ())
+    _check_dataset(config.dataset, (*SPLITS, "controls") if own else _LEARNT)
     if pipeline in _READ_OOD:
         _check_ood(config.ood_dataset)
     if own:
