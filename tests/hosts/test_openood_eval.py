@@ -421,6 +421,8 @@ def test_the_hosts_parameter_search_runs_ours(trained, run_folder, tree, tmp_pat
 
 
 def test_evaluator_says_in_one_line_what_does_not_fit(net, tree, tmp_path):
+    from openood.networks.lenet import LeNet
+
     from sdood_plugin.hosts.openood import Evaluator, SDOODNet, SDOODPostprocessor
 
     def attempt(network=net, id_name="cifar10", **changed):
@@ -435,8 +437,13 @@ def test_evaluator_says_in_one_line_what_does_not_fit(net, tree, tmp_path):
 
     wrong = SDOODNet(ThreeHeadNet(Backbone("small_cnn"), 7), "cifar10")
     other = SDOODNet(ThreeHeadNet(Backbone("small_cnn"), 10), "imagenet")
+    stock = LeNet(num_classes=7, num_channel=3)
+    unsaid = LeNet(num_classes=7, num_channel=3)
+    unsaid.fc = torch.nn.Identity()
     cases = [
         (dict(network=wrong), "got 7 classes; expected 10 as cifar10 has"),
+        (dict(network=stock), "got 7 classes; expected 10 as cifar10 has"),
+        (dict(network=unsaid), "got 7 classes; expected 10 as cifar10 has"),
         (dict(network=other), "normalisation of the network"),
         (dict(id_name="cifar11"), "id_name: got cifar11"),
         (dict(postprocessor=None, postprocessor_name="knnn"), "postprocessor_name: got knnn"),
@@ -446,6 +453,10 @@ def test_evaluator_says_in_one_line_what_does_not_fit(net, tree, tmp_path):
         ),
         (dict(data_root=str(tmp_path / "nowhere")), "imglist .*nowhere.*No such file"),
         (lists_with("test_cifar10", "cifar10/test/cat/0001.png 10\n"), "line 1: got label 10; expected at most 9"),
+        *(
+            (lists_with(f"{split}_cifar10", "cifar10/test/cat/0001.png -1\n"), "line 1: got label -1; .* and not below 0")
+            for split in ("train", "val", "test")
+        ),
         (lists_with("train_cifar10", "cifar10/test/my cat/0001.png 3\n"), "expected a relative path without spaces"),
         (lists_with("val_tin", "tin/val/images/none.png -1\n"), "no file .*none.png"),
         (lists_with("test_tin", "tin/val/images/val_0.JPEG cat\n"), "integer label"),

@@ -146,10 +146,11 @@ class Evaluator(HostEvaluator):
 
 
 def _check_network(net: nn.Module, id_name: str, classes: int, preprocessor: Any) -> None:
+    found = _classes(net)
+    if found not in (None, classes):
+        raise UsageError("network", f"{found} classes", f"{classes} as {id_name} has", "load the network of this data set")
     if not isinstance(net, SDOODNet):
         return
-    if net.classes != classes:
-        raise UsageError("network", f"{net.classes} classes", f"{classes} as {id_name} has", "load the network of this data set")
     if preprocessor is None and net.normalisation is not None:
         loaders = host_preprocessor.default_preprocessing_dict[id_name]["normalization"]
         if not np.allclose(net.normalisation, loaders):
@@ -159,6 +160,17 @@ def _check_network(net: nn.Module, id_name: str, classes: int, preprocessor: Any
                 f"{loaders}, the loaders' of {id_name}",
                 f"load it with normalisation={id_name!r}",
             )
+
+
+def _classes(net: nn.Module) -> int | None:
+    """How many classes a host network says it tells apart; None where it does not say."""
+    if type(net).__module__ == "openood.networks.bit":  # MOS adds a logit to each group of classes
+        return None
+    try:
+        return len(net.get_fc()[1])  # type: ignore[operator]
+    except (AttributeError, TypeError):
+        said = getattr(net, "num_classes", None)
+        return said if isinstance(said, int) else None
 
 
 def _check_postprocessor(name: str, config_root: str | Path | None) -> None:
@@ -191,8 +203,10 @@ def present(info: dict[str, Any], id_name: str, data_root: Path, skip_absent: bo
         group: {**sets, "datasets": [name for name in sets["datasets"] if name not in absent[group]]}
         for group, sets in groups.items()
     }
-    parts = [*info["id"].values(), info["ood"]["val"]]
-    for part in parts + [sets[name] for sets in kept.values() for name in sets["datasets"]]:
+    near, far, shifted = ([sets[name] for name in sets["datasets"]] for sets in kept.values())
+    for part in (*info["id"].values(), *shifted):
+        check_imglist(*place(part), info["num_classes"], ood_allowed=False)
+    for part in (info["ood"]["val"], *near, *far):
         check_imglist(*place(part), info["num_classes"])
     unknown = absent["near"] + absent["far"]
     if unknown and not skip_absent:
