@@ -157,6 +157,11 @@ def test_what_scoring_would_stumble_over_is_refused_before_it_writes(data, confi
         (ood(ood_dataset__dataset_class=None), "", "ood_dataset.dataset_class: got None"),
         (ood(ood_dataset__split_names=None), "", "ood_dataset: got"),
         ({}, "--postprocessor.postprocessor_args.outliers /nowhere", "postprocessor_args.outliers: got /nowhere"),
+        (
+            {"post": configs / "postprocessors/rts.yml"},
+            "",
+            "postprocessor.name: got rts on network sdood; expected a network rts_net",
+        ),
     ]
     for files, settings, expected in cases:
         given = scoring(data, configs, tmp_path / "results", *settings.split(), **files)

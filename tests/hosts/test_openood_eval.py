@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import pickle
 import random
+import re
 import shutil
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -80,6 +84,7 @@ CANNOT = {  # what the host then says; why: POSTPROCESSORS.md
     "ssd": "list index out of range",
     "grood": "expected a folder with postprocessors/grood.yml",
 }
+OUTSIDE = {"temperature_scaling", "rts", "MCMPostprocessor"}  # the host has them, its evaluation API does not name them
 OWN_SETTINGS = {  # where the host's own are for wider features or more images than these
     "vim": {"dim": [64]},
     "residual": {"dim": [64]},
@@ -147,11 +152,46 @@ def test_every_postprocessor_of_the_host_is_accounted_for(host):
     assert {*RUNS, *CANNOT} == set(postprocessors)
     assert not {*RUNS} & {*CANNOT}
     told = (REPOSITORY / "sdood_plugin" / "hosts" / "openood" / "POSTPROCESSORS.md").read_text()
-    ran, cannot = told.split("## Cannot be run")
+    ran, cannot, outside = re.split("## Cannot be run|## Outside", told)
     assert {*ran.split("## Run (33)")[1].split("With a remark")[0].replace(".", "").replace(",", "").split()} == {*RUNS}
-    assert {name.strip() for line in cannot.splitlines() if line.startswith("| ") for name in line.split("|")[1].split(",")} - {
-        "name"
-    } == {*CANNOT}
+    assert _rows(cannot) == {*CANNOT}
+    assert _rows(outside) == OUTSIDE
+    assert f"## Cannot be run ({len(CANNOT)})" in told and f"({len(OUTSIDE)})" in outside.splitlines()[0]
+
+
+def _rows(section: str) -> set[str]:
+    """The names in the first column of a section's table."""
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return {name.strip() for line in lines for name in line.split("|")[1].split(",")} - {"name"}
+
+
+def test_what_the_host_has_outside_its_evaluation_api_is_accounted_for(host):
+    from openood import postprocessors as package
+    from openood.evaluation_api.postprocessor import postprocessors
+
+    source = ast.parse(textwrap.dedent(inspect.getsource(package.get_postprocessor)))
+    table = next(node for node in ast.walk(source) if isinstance(node, ast.Dict))
+    named = {key.value: getattr(package.utils, value.id) for key, value in zip(table.keys, table.values, strict=True)}
+    unnamed = {kind for kind in vars(package).values() if isinstance(kind, type)} - {*postprocessors.values(), *named.values()}
+    assert {*(named.keys() - postprocessors.keys()), *(kind.__name__ for kind in unnamed)} == OUTSIDE
+    assert named["temperature_scaling"] is postprocessors["temp_scaling"]
+
+
+def test_what_is_said_of_rts_and_mcm(trained, loaders):
+    from openood.postprocessors import MCMPostprocessor
+    from openood.postprocessors.rts_postprocessor import RTSPostprocessor
+    from openood.utils import Config
+
+    def made(kind, **settings):
+        return kind(Config({"postprocessor": {"postprocessor_args": settings}}))
+
+    images = all_images(loaders["id"]["test"])[:4]
+    with torch.no_grad():
+        expected, classes = (trained(images) / 2).softmax(dim=1).max(dim=1)
+    confidence = made(MCMPostprocessor, tau=2).postprocess(trained, images)
+    torch.testing.assert_close(confidence, (classes, expected))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'return_var'"):
+        made(RTSPostprocessor, ood_score="var").postprocess(trained, images)
 
 
 @pytest.mark.parametrize("name", sorted(CANNOT))

@@ -22,6 +22,19 @@ _LEARNT = ("train", "val", "test")  # the host counts or learns their classes; i
 _TRAINER_KEYS = {"name", "lambda_out"}
 _READ_OOD = ("test_ood", "test_ood_aps", "test_ad", "train_ad", "feat_extract_opengan")  # the host's that read `ood_dataset`
 _COUNT_EPOCHS = ("train", "train_oe")
+_WANTED_NETWORKS = {  # postprocessors that call what only these networks of the host's have
+    "cider": ("cider_net", "npos_net", "palm_net"),
+    "conf_branch": ("conf_branch_net",),
+    "draem": ("draem",),
+    "godin": ("godin_net",),
+    "mcd": ("mcd",),
+    "npos": ("cider_net", "npos_net", "palm_net"),
+    "opengan": ("opengan",),
+    "rd4ad": ("rd4ad_net",),
+    "rotpred": ("rot_net",),
+    "rts": ("rts_net",),
+    "t2fnorm": ("t2fnorm_net",),
+}
 
 
 def check_config(config: Any) -> None:
@@ -35,6 +48,7 @@ def check_config(config: Any) -> None:
     _check_dataset(config.dataset, (*SPLITS, "controls") if own else _LEARNT)
     if pipeline in _READ_OOD:
         _check_ood(config.ood_dataset)
+        _check_pair(config.postprocessor, config.network)
     if own:
         _check_train_sdood(config)
     if own or pipeline in _COUNT_EPOCHS:
@@ -119,6 +133,17 @@ def _check_network(network: Any, classes: int, own: bool) -> None:
         net = build_network(type(network)({**network, "num_gpus": 0}), classes)
         if own:
             require_three_heads(net)
+
+
+def _check_pair(postprocessor: Any, network: Any) -> None:
+    wanted = _WANTED_NETWORKS.get(postprocessor.name) if postprocessor else None
+    if wanted and network.name not in wanted:
+        raise UsageError(
+            "postprocessor.name",
+            f"{postprocessor.name} on network {network.name}",
+            f"a network {' or '.join(wanted)}, which it was made for",
+            "choose another of the two; POSTPROCESSORS.md says which run on sdood",
+        )
 
 
 def _check_outliers(folder: str | None) -> None:
