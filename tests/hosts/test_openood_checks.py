@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,14 +94,14 @@ def edited(source: Path, folder: Path, **values: object) -> Path:
     return path
 
 
-def refused(arguments: list[str], capsys) -> str:
-    """The one line that the command line ends with, in exit code 2."""
+def refused(arguments: list[str], capsys, code: int = 2) -> str:
+    """The one line that the command line ends with, in that exit code."""
     from sdood_plugin.hosts.openood.__main__ import main
 
     capsys.readouterr()
     status = main(arguments)
     said = capsys.readouterr().err.strip()
-    assert status == 2, said
+    assert status == code, said
     assert said.count("\n") == 0, said
     return said
 
@@ -373,3 +374,22 @@ def test_outliers_of_the_hosts_trainers_need_no_class(data, configs, tmp_path):
     (tmp_path / "list.txt").write_text("oe0.png -1\n")
     path = edited(data / "dataset.yml", tmp_path, dataset__oe__imglist_pth=f"{tmp_path}/list.txt")
     check_config(read_config(stock(data, configs, tmp_path, dataset=path)))
+
+
+def test_damaged_outliers_or_banks_are_refused_before_the_host_writes(data, configs, run_folder, tmp_path, capsys):
+    for name in ("outliers", "detector"):
+        shutil.copytree(run_folder / name, tmp_path / name)
+    next((tmp_path / "outliers" / "images").rglob("*.png")).unlink()
+    (tmp_path / "empty").mkdir()
+
+    def said(name: str, code: int) -> str:
+        outliers = ("--postprocessor.postprocessor_args.outliers", str(tmp_path / name))
+        return refused(scoring(data, configs, tmp_path / "results", *outliers), capsys, code)
+
+    assert "expected a readable, whole PNG" in said("outliers", 1)
+    assert "no meta.json" in said("empty", 1)
+    (tmp_path / "detector" / "score.json").unlink()
+    assert "score.json" in said("detector", 1)
+    (tmp_path / "detector" / "bank.safetensors").unlink()
+    assert "a detector without banks" in said("detector", 2)
+    assert not (tmp_path / "results").exists()

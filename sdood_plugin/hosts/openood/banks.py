@@ -37,6 +37,25 @@ def open_outliers(where: str | None, net: nn.Module) -> Score | OutlierSet | Non
     return outliers
 
 
+def check_outliers(where: str) -> None:
+    """What of a folder can be wrong whatever the network: every image of an outlier set, the banks of a detector.
+
+    Raises:
+        UsageError: There is no such folder, or its detector has no banks.
+        RunError: The folder is neither, or is damaged.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        raise UsageError(
+            "postprocessor_args.outliers", where, "an outlier-set folder, a run folder or its detector folder", "check the path"
+        )
+    detector = _detector_folder(folder)
+    if detector is None:
+        OutlierSet(folder).verify()
+    else:
+        load_score(detector)
+
+
 def _detector_folder(folder: Path) -> Path | None:
     """The folder of banks that a run or detector folder stands for; None for an outlier set.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from .banks import check_outliers
 from .checkpoints import build_network
 from .host import require_host
 from .imglist import check_imglist
@@ -42,6 +42,7 @@ def check_config(config: Any) -> None:
 
     Raises:
         UsageError: Something is.
+        RunError: The outliers or banks are damaged.
     """
     pipeline = config.pipeline.name
     own = pipeline == "train_sdood"
@@ -55,7 +56,9 @@ def check_config(config: Any) -> None:
         _check_number(config.optimizer, "num_epochs", int)
     _check_network(config.network, config.dataset.num_classes, own)
     if config.postprocessor and config.postprocessor.name == "sdood":
-        _check_outliers(SDOODPostprocessor(config).outliers)
+        outliers = SDOODPostprocessor(config).outliers
+        if outliers is not None:
+            check_outliers(outliers)
 
 
 def _check_dataset(dataset: Any, labelled: tuple[str, ...]) -> None:
@@ -143,11 +146,4 @@ def _check_pair(postprocessor: Any, network: Any) -> None:
             f"{postprocessor.name} on network {network.name}",
             f"a network {' or '.join(wanted)}, which it was made for",
             "choose another of the two; POSTPROCESSORS.md says which run on sdood",
-        )
-
-
-def _check_outliers(folder: str | None) -> None:
-    if folder is not None and not Path(folder).is_dir():
-        raise UsageError(
-            "postprocessor_args.outliers", folder, "an outlier-set folder, a run folder or its detector folder", "check the path"
         )
