@@ -136,46 +136,6 @@ def test_commands_fit_the_set_they_are_for(tmp_path):
     assert shlex.split(last)[-1] == str(folder / "detector" / "detector.safetensors")
 
 
-def test_every_line_of_a_list_is_looked_at(tmp_path):
-    from sdood_plugin.hosts.openood.imglist import check_imglist
-
-    (tmp_path / "a.png").touch()
-    good, path = "a.png 2\na.png -1\n", tmp_path / "list.txt"
-    path.write_text(good)
-    assert check_imglist(path, tmp_path, 3) == 2
-    for line, expected in (
-        ("a.png 3", "got label 3"),
-        ("/a.png 1", "relative path"),
-        ("a b.png 1", "without spaces"),
-        ("a.png", "integer label"),
-        ("a.png x", "integer label"),
-        ("a.png \u00b2", "integer label"),
-        ("a.png 007", "integer label"),
-        ("b.png 1", "no file"),
-        ("", "integer label"),
-    ):
-        path.write_text(f"{good}{line}\n")
-        with pytest.raises(UsageError, match=expected) as caught:
-            check_imglist(path, tmp_path, 3)
-        assert "line 3" in str(caught.value)
-    path.write_text(good)
-    with pytest.raises(UsageError, match="line 2: got label -1; expected at most 2, and not below 0"):
-        check_imglist(path, tmp_path, 3, ood_allowed=False)
-    path.write_bytes(b"\xff\xfe a.png 1\n")
-    with pytest.raises(UsageError, match="expected a text file"):
-        check_imglist(path, tmp_path, 3)
-
-
-def test_a_data_set_whose_list_came_without_its_images_is_absent(tmp_path):
-    from sdood_plugin.hosts.openood.imglist import is_absent
-
-    (tmp_path / "a.png").touch()
-    for text, expected in (("b.png 1\n", True), ("b.png 1\na.png 1\n", False)):
-        (tmp_path / "list.txt").write_text(text)
-        assert is_absent(tmp_path / "list.txt", tmp_path) == expected
-    assert is_absent(tmp_path / "none.txt", tmp_path)
-
-
 def test_a_host_that_does_not_import_is_said_whatever_it_raises(monkeypatch, tmp_path):
     from sdood_plugin.hosts.openood import host as module
 

@@ -16,7 +16,7 @@ import pytest
 import pytorch_ood.detector
 import torch
 from pytorch_ood.api import Detector
-from pytorch_ood.benchmark import CIFAR10_ODIN, CIFAR100_ODIN, CIFAR10_OpenOOD
+from pytorch_ood.benchmark import CIFAR10_ODIN, CIFAR100_ODIN, CIFAR10_OpenOOD, CIFAR100_OpenOOD, ImageNet200_OpenOOD
 from pytorch_ood.detector import KNN, Mahalanobis, MaxSoftmax
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from benchmarks import pytorch_ood_cifar10, pytorch_ood_detectors, record
 from sdood_plugin.data.images import save_png
 from sdood_plugin.data.sources import load_images
-from sdood_plugin.errors import RunError
+from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.features import load_backbone
 from sdood_plugin.hosts.pytorch_ood import SDOOD, network_input
 from sdood_plugin.hosts.pytorch_ood.benchmarks import limit, odin_benchmark, openood_benchmark
@@ -108,6 +108,56 @@ def test_the_validation_set_is_checked_too(data_root):
     (data_root / "benchmark_imglist" / "cifar10" / "val_cifar10.txt").write_text("cifar10/val/0.png 1\n")
     with pytest.raises(RunError, match="val_cifar10.txt: got 1 of 1 images absent, the first is cifar10/val/0.png"):
         openood_benchmark(data_root, network_input)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "expected"),
+    [
+        ("train_cifar10", "cifar10/train/class0/0.png 12", "got label 12; expected at most 9"),
+        ("train_cifar10", "cifar10/train/class0/0.png -5", "got label -5; expected at most 9, and not below 0"),
+        ("val_cifar10", "cifar10/test/class0/0.png cat", "got 'cifar10/test/class0/0.png cat'; expected `relative/path label`"),
+        ("val_cifar10", "cifar10/test/class0/0.png", "got 'cifar10/test/class0/0.png'; expected `relative/path label`"),
+        ("test_cifar10", "cifar10/test/my cat.png 1", "got 'cifar10/test/my cat.png'; expected a relative path without spaces"),
+        ("test_cifar10", "/etc/hostname 1", "got '/etc/hostname'; expected a relative path"),
+        ("test_cifar100", "cifar100/test/0.png 3", "got label 3; expected one below 0"),
+        ("val_tin", "tin/val/0.png 0", "got label 0; expected one below 0"),
+    ],
+)
+def test_a_line_that_the_host_would_misread_is_one_clear_line(data_root, file, line, expected):
+    path = data_root / "benchmark_imglist" / "cifar10" / f"{file}.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, line]) + "\n")
+    with pytest.raises(UsageError) as caught:
+        openood_benchmark(data_root, network_input)
+    assert f"imglist {path} line {len(lines) + 1}: {expected}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_openood_of_cifar100_has_its_own_lists_and_classes(data_root):
+    lists = data_root / "benchmark_imglist"
+    (lists / "cifar100").mkdir()
+    write_images(data_root / "images_classic", [f"cifar100/train/{i}.png" for i in range(6)], 90, seed=7)
+    rows = {
+        "train_cifar100": [f"cifar100/train/{i}.png {99 - i}" for i in range(6)],
+        "val_cifar100": ["cifar100/test/0.png 99"],
+        "test_cifar100": [f"cifar100/test/{i}.png {i}" for i in range(1, 4)],
+        "test_cifar10": [f"cifar10/test/class{i % 3}/{i}.png -1" for i in range(12)],
+        "val_tin": ["tin/val/0.png -1"],
+    }
+    for name, lines in rows.items():
+        (lists / "cifar100" / f"{name}.txt").write_text("\n".join(["# as the host allows", *lines]) + "\n")
+    benchmark, absent = openood_benchmark(data_root, network_input, CIFAR100_OpenOOD)
+    assert isinstance(benchmark, CIFAR100_OpenOOD) and benchmark.ood_names == ["CIFAR10"]
+    assert set(absent) == {"TinyImageNet", "MNIST", "SVHN", "Textures", "Places365", "validation OOD"}
+    assert benchmark.train_set().labels == [99, 98, 97, 96, 95, 94]
+    assert [[target for _, target in part] for part in benchmark.test_sets()] == [[1, 2, 3, *[-1] * 12]]
+    (lists / "cifar100" / "val_cifar100.txt").write_text("cifar100/test/0.png 100\n")
+    with pytest.raises(UsageError, match="got label 100; expected at most 99"):
+        openood_benchmark(data_root, network_input, CIFAR100_OpenOOD)
+
+
+def test_another_kind_of_benchmark_is_one_clear_line(data_root):
+    with pytest.raises(UsageError, match="kind: got .*ImageNet200_OpenOOD.*; expected CIFAR10_OpenOOD or CIFAR100_OpenOOD"):
+        openood_benchmark(data_root, network_input, ImageNet200_OpenOOD)
 
 
 def test_odin_of_cifar100_has_its_own_images(data_root):

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from ...errors import UsageError
+from ..imglist import check_imglist
 from .banks import check_outliers
 from .checkpoints import build_network
 from .host import require_host
-from .imglist import check_imglist
 from .postprocessor import SDOODPostprocessor
 from .stock_networks import check_stock_network
 from .trainer import require_three_heads

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ...errors import UsageError
+from ..imglist import check_imglist, is_absent
 from .compat import host_settings
 from .device import on_device, replaced
 from .host import require_host
-from .imglist import check_imglist, is_absent
 from .network import SDOODNet
 
 require_host()

@@ -17,11 +17,13 @@ from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from ...data.images import spread
-from ...errors import RunError
+from ...errors import RunError, UsageError
+from ..imglist import listed_images
 
 Transform = Callable[[Image.Image], Any]
 Found = tuple[Benchmark, dict[str, str]]
 VALIDATION_OOD = "validation OOD"  # the host has no name for the outliers of `validation_set()`
+_CLASSES = {"cifar10": 10, "cifar100": 100}  # by the folder of the lists
 
 
 def openood_benchmark(data_root: str | Path, transform: Transform, kind: Any = CIFAR10_OpenOOD) -> Found:
@@ -38,8 +40,12 @@ def openood_benchmark(data_root: str | Path, transform: Transform, kind: Any = C
 
     Raises:
         RunError: Lists or images of the in-distribution data are absent, or every OOD set is.
+        UsageError: Another kind, or a line of a list is none that the host can read, has a label that is no class in an ID list
+            or one of 0 or more in an OOD list, which the host would count as ID.
     """
-    root = Path(data_root)
+    if getattr(kind, "_subdir", None) not in _CLASSES:
+        raise UsageError("kind", kind, "CIFAR10_OpenOOD or CIFAR100_OpenOOD", "take one of the two")
+    root, classes = Path(data_root), _CLASSES[kind._subdir]
     lists, images = root / "benchmark_imglist" / kind._subdir, root / "images_classic"
     for file in (kind._train_imglist, kind._val_id_imglist, kind._test_id_imglist, kind._val_ood_imglist):
         if not (lists / file).is_file():
@@ -47,23 +53,34 @@ def openood_benchmark(data_root: str | Path, transform: Transform, kind: Any = C
                 f"data root {root}", f"no {(lists / file).relative_to(root)}", "OpenOOD's lists", "export or download them first"
             )
     for file in (kind._train_imglist, kind._val_id_imglist, kind._test_id_imglist):
-        if missing := _missing(lists / file, images):
+        if missing := _missing(lists / file, images, classes):
             raise RunError(f"images of {lists / file}", missing, "all of them", "export or download the ID data first")
-    absent = {name: why for name, file in kind._ood_imglists if (why := _missing(lists / file, images))}
+    absent = {name: why for name, file in kind._ood_imglists if (why := _missing(lists / file, images, 0))}
     present = [(name, file) for name, file in kind._ood_imglists if name not in absent]
     if not present:
         raise RunError(f"OOD sets below {root}", "none", f"one of {', '.join(absent)}", "export or download one")
-    if why := _missing(lists / kind._val_ood_imglist, images):
+    if why := _missing(lists / kind._val_ood_imglist, images, 0):
         absent[VALIDATION_OOD] = why
     with _imglists_at(root):
         return type(kind.__name__, (kind,), {"_ood_imglists": present})(str(images), transform, download=False), absent
 
 
-def _missing(imglist: Path, images: Path) -> str:
-    """Why the images of a list cannot be used; empty where they can."""
+def _missing(imglist: Path, images: Path, classes: int) -> str:
+    """Why the images of a list cannot be used; empty where they can.
+
+    Args:
+        imglist: The list.
+        images: What its paths are relative to.
+        classes: Of an ID list; 0 for an OOD list, whose labels are below 0.
+
+    Raises:
+        UsageError: The list cannot be read.
+    """
     if not imglist.is_file():
         return f"no {imglist.name}"
-    names = [line.split()[0] for line in imglist.read_text().splitlines() if len(line.split()) > 1]
+    if not imglist.stat().st_size:
+        return f"{imglist.name} is empty"
+    names = [name for _, name in listed_images(imglist, classes, ood_allowed=not classes, comments=True)]
     gone = [name for name in names if not (images / name).is_file()]
     if gone:
         return f"{len(gone)} of {len(names)} images absent, the first is {gone[0]}"
