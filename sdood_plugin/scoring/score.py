@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -32,7 +33,7 @@ class Calibration:
             for each candidate alpha, as [alpha, per cent] pairs.
         votes: Mean votes of the held-out `ID`, `controls`, `outliers` and, without their own class in the bank, `outliers of
             other classes`, as far as they are there.
-        threshold: Score above which an image is called OOD.
+        threshold: Score above which an image is called OOD; it and its interval are NaN where alpha was set afterwards.
         false_alarm_rate: Share of new ID images above it at most, on average over held-out sets, as asked for.
         false_alarm_interval: 95 % interval of the share of new ID images above it.
         heldout: Numbers of held-out ID images, outliers and controls.
@@ -57,7 +58,7 @@ class Score:
         outliers: float (M, D), outlier bank, may be empty.
         config: The settings.
         calibration: What held-out data decided.
-        heldout: float (P,), scores of the held-out ID images, ascending, on the CPU.
+        heldout: float (P,), scores of the held-out ID images, ascending, on the CPU; empty where alpha was set afterwards.
     """
 
     inside: torch.Tensor
@@ -82,13 +83,47 @@ class Score:
         """The score, float (B,), of its terms."""
         return distance + self.calibration.alpha * votes
 
+    def with_alpha(self, alpha: float) -> Score:
+        """The same banks and scale under another weight of the votes.
+
+        The held-out scores are of the alpha they were made with, and their terms are not kept: under another one the score
+        ranks, but has no threshold and no p-values.
+
+        Raises:
+            UsageError: It is below 0.
+        """
+        config = replace(self.config, alpha=alpha)
+        if alpha == self.calibration.alpha:
+            return replace(self, config=config)
+        unknown = [math.nan, math.nan]
+        calibration = replace(self.calibration, alpha=alpha, threshold=math.nan, false_alarm_interval=unknown)
+        return replace(self, config=config, calibration=calibration, heldout=self.heldout[:0])
+
     def threshold(self, false_alarm_rate: float) -> Threshold:
-        """The threshold at another rate than the one calibrated for."""
-        return choose_threshold(self.heldout, false_alarm_rate)
+        """The threshold at another rate than the one calibrated for.
+
+        Raises:
+            UsageError: alpha was set after the calibration.
+        """
+        return choose_threshold(self._heldout_scores(), false_alarm_rate)
 
     def p_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values, float64 (B,), of scores float (B,)."""
-        return p_values(scores, self.heldout)
+        """Conformal p-values, float64 (B,), of scores float (B,).
+
+        Raises:
+            UsageError: alpha was set after the calibration.
+        """
+        return p_values(scores, self._heldout_scores())
+
+    def _heldout_scores(self) -> torch.Tensor:
+        if not len(self.heldout):
+            raise UsageError(
+                f"held-out scores under alpha {self.calibration.alpha:g}",
+                "none",
+                "those of the alpha that was calibrated",
+                "fit the score with this alpha",
+            )
+        return self.heldout
 
 
 def _prepare(features: torch.Tensor, normalise: bool) -> torch.Tensor:

@@ -280,6 +280,39 @@ def test_a_value_that_fails_changes_nothing(tmp_path):
     assert loaded.get_hyperparameters() == before
 
 
+@pytest.mark.parametrize("alpha", [None, 0.2])
+def test_a_loaded_detector_takes_another_alpha_and_nothing_else(tmp_path, alpha):
+    x, y = blobs()
+    SDOOD(None, alpha=alpha).fit_features(x, y).save(tmp_path)
+    detector = SDOOD.load(tmp_path).to("cpu")
+    loaded, scores = detector.score_, detector.predict_features(x)
+    distance, votes = loaded.terms(x)
+    assert votes.any() and detector.set_hyperparameters(alpha=np.float32(0.5)) is detector
+    assert torch.equal(detector.predict_features(x), distance + 0.5 * votes) and detector.alpha == 0.5
+    assert not len(detector.score_.heldout) and np.isnan(detector.score_.calibration.threshold)
+    for call in (lambda: detector.score_.threshold(0.1), lambda: detector.score_.p_values(scores)):
+        with pytest.raises(UsageError, match="held-out scores under alpha 0.5: got none") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    changed = detector.predict_features(x)
+    for wrong in ({"k_vote": 3}, {"alpha": 0.1, "normalise": False}, {"alpha": -1.0}, {"alpha": "auto"}):
+        with pytest.raises((UsageError, TypeError)):
+            detector.set_hyperparameters(**wrong)
+        assert detector.alpha == 0.5 and torch.equal(detector.predict_features(x), changed)
+    for again in (pickle.loads(pickle.dumps(detector)), copy.deepcopy(detector), detector):
+        again.set_hyperparameters(alpha=alpha)  # what it was calibrated with has its threshold
+        assert torch.equal(again.predict_features(x), scores) and again.score_.calibration == loaded.calibration
+        assert torch.equal(again.score_.heldout, loaded.heldout)
+    detector.set_hyperparameters(alpha=0.7).save(tmp_path / "other")
+    torch.testing.assert_close(SDOOD.load(tmp_path / "other").predict_features(x), distance + 0.7 * votes)
+
+
+def test_alpha_of_a_loaded_detector_is_not_chosen_anew(tmp_path):
+    SDOOD(None, alpha=0.2).fit_features(*blobs()).save(tmp_path)
+    with pytest.raises(UsageError, match="hyperparameters of a loaded detector: got {'alpha': None}"):
+        SDOOD.load(tmp_path).set_hyperparameters(alpha=None)
+
+
 X, Y = blobs()
 NARROW = SDOOD(None).fit_features(X, Y)
 BAD_INPUT = {

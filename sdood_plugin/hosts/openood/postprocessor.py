@@ -136,7 +136,7 @@ class SDOODPostprocessor(BasePostprocessor):
             )
         same = all(getattr(config, name) == getattr(self.stored.config, name) for name in ("k_distance", "k_vote", "normalise"))
         if same and config.alpha is not None:
-            return dataclasses.replace(self.stored, calibration=dataclasses.replace(self.stored.calibration, alpha=config.alpha))
+            return self.stored.with_alpha(config.alpha)
         return fit_score(config=config, **self.features)
 
     @torch.no_grad()

@@ -87,6 +87,7 @@ class SDOOD(FeaturesDetector):
         self.seed = seed
         self.image_size: int | None = None  # of the run's images; `from_run` sets it
         self.score_: Score | None = None
+        self._loaded: Score | None = None  # as it was loaded, without its banks
         self._fitted: tuple[Tensor, ...] | None = None  # features of ID and outliers, those held out, both outliers' targets
 
     def fit(self, data_loader: DataLoader) -> SDOOD:
@@ -195,21 +196,17 @@ class SDOOD(FeaturesDetector):
     def set_hyperparameters(self, **kwargs: Any) -> SDOOD:
         """Change settings by name; a fitted detector is calibrated again on the features it was fitted on.
 
+        A loaded detector (`load`, `from_run`) has not got those features: its alpha alone can change, and under another one
+        than it was calibrated with `score_` has no threshold and no p-values.
+
         Raises:
-            UsageError: The detector was loaded, so those features are not there, or a value is out of range.
+            UsageError: Another setting of a loaded detector, or a value that is out of range.
         """
         before = self.get_hyperparameters()
         try:
             super().set_hyperparameters(**kwargs)
             if self.score_ is not None and self.get_hyperparameters() != before:
-                if self._fitted is None:
-                    raise UsageError(
-                        "hyperparameters of a loaded detector",
-                        kwargs,
-                        "those it was fitted with",
-                        "fit a new detector with these",
-                    )
-                self.score_ = self._score(self._fitted)
+                self.score_ = self._reweighted(before) if self._fitted is None else self._score(self._fitted)
         except Exception:
             for name, value in before.items():
                 setattr(self, name, value)
@@ -254,6 +251,7 @@ class SDOOD(FeaturesDetector):
         config = score.config
         detector = cls(encoder, config.k_distance, config.k_vote, config.alpha, config.normalise)
         detector.score_, detector.requires_fit = score, False
+        detector._loaded = dataclasses.replace(score, inside=score.inside[:0], outliers=score.outliers[:0])
         return detector
 
     @classmethod
@@ -317,6 +315,29 @@ class SDOOD(FeaturesDetector):
             chosen[rows[order[:count]].to(inside.device)] = True
         return chosen
 
+    def _reweighted(self, before: dict[str, Any]) -> Score:
+        """The loaded score under this alpha.
+
+        Args:
+            before: The settings that it has.
+
+        Raises:
+            UsageError: Another setting changed, or alpha is to be chosen.
+        """
+        assert self._loaded is not None and self.score_ is not None
+        changed = {name: value for name, value in self.get_hyperparameters().items() if value != before[name]}
+        loaded = dataclasses.replace(self._loaded, inside=self.score_.inside, outliers=self.score_.outliers)
+        if changed.keys() == {"alpha"} and self.alpha == loaded.config.alpha:
+            return loaded
+        if changed.keys() != {"alpha"} or self.alpha is None:
+            raise UsageError(
+                "hyperparameters of a loaded detector",
+                changed,
+                "those it was fitted with, or another alpha alone",
+                "fit a new detector with these",
+            )
+        return loaded.with_alpha(_plain(self.alpha))
+
     def _score(self, parts: tuple[Tensor, ...]) -> Score:
         inside, outliers = len(parts[0]), len(parts[1])
         limits = {"k_distance": (inside, "the ID bank")}
@@ -331,8 +352,11 @@ class SDOOD(FeaturesDetector):
                     f"lower {name} or fit on more samples",
                 )
         kept, kept_outliers, heldout, heldout_outliers, classes, heldout_classes = parts
-        values = {name: getattr(self, name) for name in ("k_distance", "k_vote", "normalise", "alpha")}
-        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-        config = ScoringConfig(**plain)  # a search over numpy's ranges gives its numbers
+        config = ScoringConfig(**{name: _plain(getattr(self, name)) for name in ("k_distance", "k_vote", "normalise", "alpha")})
         kinds = {"outlier_classes": outlier_target(classes), "heldout_classes": outlier_target(heldout_classes)}
         return fit_score(kept, kept_outliers, heldout, heldout_outliers, config, **kinds)
+
+
+def _plain(value: Any) -> Any:
+    """Python's number in place of numpy's, which a search over numpy's ranges gives."""
+    return value.item() if isinstance(value, np.generic) else value
