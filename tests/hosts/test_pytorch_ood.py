@@ -403,6 +403,18 @@ assert state() == before
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_a_first_import_of_the_host_leaves_no_warning_filter():
+    code = """
+import sys, warnings, torch
+before = list(warnings.filters)
+assert 'pytorch_ood' not in sys.modules
+import sdood_plugin.hosts.pytorch_ood, sdood_plugin.hosts.pytorch_ood.benchmarks
+assert 'pytorch_ood.benchmark' in sys.modules and warnings.filters == before, set(warnings.filters) - set(before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert not done.returncode, done.stderr
+
+
 def test_the_core_network_of_a_run_is_in_evaluation_mode(run_folder):
     detector = SDOOD.from_run(run_folder)
     assert not any(part.training for part in detector.encoder.modules())

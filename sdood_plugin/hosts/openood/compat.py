@@ -4,6 +4,9 @@
 later; numpy 2.0 removed it. Importing the host also adds warning filters and tells Pillow to accept truncated images
 for the whole process; both are put back. Pillow's switch is on again only while the host itself runs (`host_settings`),
 so that the host reads exactly the images it reads on its own. `numpy.bool`, which imgaug uses too, is numpy 2's own.
+
+What stays after an import is what the host's dependencies need later: environment variables, as LD_LIBRARY_PATH and
+QT_QPA_PLATFORM_PLUGIN_PATH and QT_QPA_FONTDIR of cv2, which started processes inherit, and OPENOOD_ROOT at the end of `sys.path`.
 """
 
 from __future__ import annotations

@@ -7,13 +7,18 @@ Targets follow the host: y >= 0 is a class, y < 0 an outlier. Where an outlier's
 `outlier_target` carries it in the same number; -1, the host's own outlier target, says that the source is not known.
 """
 
-import pytorch_ood.dataset.img
-import pytorch_ood.detector
-import pytorch_ood.loss
+import warnings
 
-from .detector import SDOOD
-from .loss import ThreeHeadLoss, outlier_target
-from .outliers import SDOutliers, network_input
+import torch  # noqa: F401 - its own warning filters stay
+
+with warnings.catch_warnings():  # the host's dependencies, scipy and sympy, add filters for the whole process
+    import pytorch_ood.dataset.img
+    import pytorch_ood.detector
+    import pytorch_ood.loss
+
+    from .detector import SDOOD
+    from .loss import ThreeHeadLoss, outlier_target
+    from .outliers import SDOutliers, network_input
 
 __all__ = ["SDOOD", "SDOutliers", "ThreeHeadLoss", "network_input", "outlier_target", "register"]
 
