@@ -89,6 +89,13 @@ def test_a_class_the_heads_do_not_have_is_one_clear_line(target):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("heads", [torch.zeros(2, CLASSES), (torch.zeros(2, CLASSES),) * 4])
+def test_outputs_of_another_network_are_one_clear_line(heads):
+    with pytest.raises(UsageError, match="heads: got a (Tensor|tuple); expected the outputs of a ThreeHeadNet") as caught:
+        ThreeHeadLoss()(heads, torch.tensor([0, -1]))
+    assert "\n" not in str(caught.value)
+
+
 def test_the_outlier_set_is_what_the_manifest_says(run_folder):
     folder = run_folder / "outliers"
     plain, sourced, core = SDOutliers(folder), SDOutliers(folder, source_labels=True), OutlierSet(folder)

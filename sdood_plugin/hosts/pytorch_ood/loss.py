@@ -53,8 +53,15 @@ class ThreeHeadLoss(nn.Module):
         """The scalar loss of the outputs of a `ThreeHeadNet` and int64 (B,) targets.
 
         Raises:
-            UsageError: A target names a class that the heads do not have.
+            UsageError: The outputs are not those of the three heads, or a target names a class that they do not have.
         """
+        if not isinstance(heads, Heads):
+            raise UsageError(
+                "heads",
+                f"a {type(heads).__name__}",
+                "the outputs of a ThreeHeadNet",
+                "give `network(images)`, not the logits of one head",
+            )
         outlier = is_unknown(target)
         labels = torch.where(outlier, outlier_target(target), target)
         classes = heads.inside.shape[1]
