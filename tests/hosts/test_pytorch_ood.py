@@ -256,6 +256,14 @@ def test_grid_search_of_an_unfitted_detector_fits_it():
     assert not len(detector.score_.outliers)  # the host drops targets < 0 before fitting, as the class says
 
 
+def test_grid_search_of_a_loaded_detector_tunes_alpha(tmp_path):
+    (x, y), (query, target) = blobs(), blobs(seed=1)
+    SDOOD(None).fit_features(x, y).save(tmp_path)
+    detector = SDOOD.load(tmp_path, nn.Identity())
+    search = GridSearch(detector, None, DataLoader(TensorDataset(query, target), batch_size=50), {"alpha": [0.0, 0.3, 3.0]})
+    assert search.run()["alpha"] == detector.alpha == detector.score_.calibration.alpha and len(search.results_) == 3
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     x, y = blobs()
     detector = SDOOD(None, k_distance=np.int64(3)).fit_features(x, y)
