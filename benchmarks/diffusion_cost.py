@@ -23,6 +23,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import write_result
+from sdood_plugin.__main__ import leave
 from sdood_plugin.config import DiffusionConfig, OutliersConfig, RunConfig, as_dict
 from sdood_plugin.data.images import ImageSet
 from sdood_plugin.diffusion.training import train_diffusion
@@ -114,9 +115,10 @@ def sampling_rows(sizes: list[str], batch_size: int) -> list[dict[str, Any]]:
     return rows + [sampling(size, 32, batch_size, base) for size in sizes if size != "demo"]
 
 
-def make_set(count: int, batch_size: int, folder: Path) -> None:
-    """What each of the processes does: its share of an outlier set; the main one writes the seconds."""
+def make_set(count: int, batch_size: int, folder: Path, number: int) -> None:
+    """What each of `number` processes does: its share of an outlier set; the main one writes the seconds."""
     accelerator = make_accelerator(RunConfig())
+    assert accelerator.num_processes == number, f"{accelerator.num_processes} processes, expected {number}"
     diffusion, outliers = DiffusionConfig(), OutliersConfig(batch_size=batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -132,19 +134,16 @@ def make_set(count: int, batch_size: int, folder: Path) -> None:
 
 
 def processes(count: int, batch_size: int) -> list[dict[str, Any]]:
-    """One process and two, each with one CPU thread or one GPU, started by accelerate."""
+    """One process and two, each with one CPU thread or one GPU, started by torchrun: accelerate starts one on a CPU."""
     rows: list[dict[str, Any]] = []
     if torch.cuda.device_count() == 1:
         return [{"method": "processes", "skipped": "one GPU only"}]
     for number in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            device = ["--multi_gpu"] if torch.cuda.is_available() and number > 1 else []
-            device = device if torch.cuda.is_available() else ["--cpu"]
-            launch = [*device, "--num_processes", str(number), "--num_machines", "1", "--mixed_precision", "no"]
-            launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "benchmarks.diffusion_cost"]
-            work = ["--worker", folder, "--images", str(count), "--batch-size", str(batch_size)]
-            command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *work]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+            work = ["-m", "benchmarks.diffusion_cost", "--worker", folder, "--worker-of", str(number)]
+            work += ["--images", str(count), "--batch-size", str(batch_size)]
+            subprocess.run([sys.executable, *launch, *work], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             speed = count / float((Path(folder) / "seconds").read_text())
         rows.append({"part": "processes", "processes": number, "images_per_s": speed, "ratio": speed})
     for row in rows:
@@ -163,11 +162,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also train with torch.compile")
     parser.add_argument("--note", help="a sentence to stand in the result")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--worker-of", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--suffix", default="")
     options = parser.parse_args()
     if options.worker:
-        make_set(options.images, options.batch_size, options.worker)
-        return
+        make_set(options.images, options.batch_size, options.worker, options.worker_of)
+        leave(0)
     rows: list[dict[str, Any]] = []
     facts = {"data": {}, "note": " ".join(["Random images and weights.", *([options.note] if options.note else [])])}
 
