@@ -31,7 +31,9 @@ class OutliersConfig:
         start_fraction: S / T, how far an image is noised before it is denoised, or a range [low, high] from whose 16 evenly
             spaced levels it is drawn for each outlier.
         sampler: `ddpm` (ancestral, the paper), `ddim`, or `dpm` (DPM-Solver++ 2M).
-        sampling_steps: Denoising steps from S to 0.
+        sampling_steps: Denoising steps from S to 0. Give two or more: a single one is guided at the highest noise level alone
+            and overshoots by about w. `dpm` with fewer than five is of first order, which is `ddim`: of second order it
+            overshoots there.
         per_source: Outliers made of each image.
         sources: Use this many images as sources, spread evenly; null for all.
         controls: Make a same-class control of every source too.

@@ -14,6 +14,7 @@ from .unet import alphas_bar, make_scheduler
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t, t (B,), class (B,)) -> prediction
 Noise = Callable[[int], torch.Tensor]  # draw number -> standard normal (B, 3, H, W)
+SECOND_ORDER_STEPS = 5  # with fewer, `dpm` is of first order
 
 
 def start_step(start_fraction: float, timesteps: int) -> int:
@@ -28,6 +29,15 @@ def visited_steps(start: int, steps: int) -> list[int]:
     """
     count = min(steps, start + 1)
     return [round((start + 1) * (count - i) / count) - 1 for i in range(count)]
+
+
+def solver(sampler: str, steps: int) -> str:
+    """The sampler that makes so many steps: `ddim`, DPM-Solver++ of first order, for `dpm` with fewer than SECOND_ORDER_STEPS.
+
+    Second order extrapolates from the prediction before, and a guided prediction at the highest noise level overshoots; the
+    steps that would make up for that are missing where there are three or four.
+    """
+    return "ddim" if sampler == "dpm" and steps < SECOND_ORDER_STEPS else sampler
 
 
 def as_denoiser(unet: UNet2DModel, precision: str) -> Denoiser:
@@ -89,8 +99,8 @@ def guided_partial_sample(
         float32 (B, 3, H, W), not clipped.
     """
     start = start_step(start_fraction, config.timesteps)
-    scheduler = make_scheduler(config, sampler)
     visited = visited_steps(start, steps)
+    scheduler = make_scheduler(config, solver(sampler, len(visited)))
     scheduler.set_timesteps(timesteps=visited)
     x = add_noise(images, noise(1), alphas_bar(config)[start].float())
     with torch.autocast(images.device.type, enabled=False):  # the outer one: weights that the denoiser's casts are kept

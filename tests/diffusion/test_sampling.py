@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from sdood_plugin.config import DiffusionConfig
+from sdood_plugin.diffusion import sampling
 from sdood_plugin.diffusion.guidance import guidance_terms, wrong_classes
 from sdood_plugin.diffusion.sampling import as_denoiser, guided_partial_sample, mix_predictions, start_step, visited_steps
 from sdood_plugin.diffusion.unet import alphas_bar
@@ -122,7 +123,7 @@ def test_ten_dpm_steps_agree_with_many_small_steps(schedule, fraction, small_ste
 
 
 @pytest.mark.parametrize("w", [0.0, 2.0])
-@pytest.mark.parametrize("steps", [5, 10, 30, 100])
+@pytest.mark.parametrize("steps", [2, 3, 4, 5, 6, 10, 30, 100])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
 def test_guidance_changes_the_meaning_and_keeps_the_nuisance(sampler, steps, w):
     images, labels = sources(600, 2)
@@ -132,7 +133,7 @@ def test_guidance_changes_the_meaning_and_keeps_the_nuisance(sampler, steps, w):
     )
     own, other = means(2)[labels][:, 0], means(2)[1 - labels][:, 0]
     assert ((images[:, 0] - own).square().sum((1, 2)) < (images[:, 0] - other).square().sum((1, 2))).all()
-    assert ((made[:, 0] - other).square().sum((1, 2)) < (made[:, 0] - own).square().sum((1, 2))).all()
+    assert (made[:, 0] - other).square().mean().sqrt() < 0.16 and (made[:, 0] - other).abs().max() < 0.6  # five deviations
     # the nuisance of the source survives as the mathematics says: sqrt(abar) along the flow, whose steps are linear in it;
     # abar by ancestral sampling, more where few steps add too little noise
     abar = float(alphas_bar(LINEAR)[start_step(0.3, 1000)])
@@ -140,6 +141,69 @@ def test_guidance_changes_the_meaning_and_keeps_the_nuisance(sampler, steps, w):
     least = abar if sampler == "ddpm" else math.sqrt(abar)
     assert least - 0.05 < correlation(made, images) < most + 0.05
     assert abs(correlation(made, images.roll(1, 0))) < 0.08
+
+
+def four_denoiser(bar: torch.Tensor):
+    """eps of Gaussians at (meaning, nuisance) in {-1, 1}^2, channels 0 and 1; classes 0 and 1 are the meanings, 2 is all."""
+    centre = torch.tensor([(-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)]).double()
+
+    def denoiser(x, t, condition):
+        a = bar[t].reshape(-1, 1, 1)
+        total = a * SPREAD**2 + 1 - a
+        offset = x[:, :2, 0, 0].double()[:, None] - a.sqrt() * centre  # (B, 4, 2)
+        left_out = (condition[:, None] != 2) & (condition[:, None] != torch.tensor([0, 0, 1, 1]))
+        responsibility = (-0.5 * (offset.square() / total).sum(2)).masked_fill(left_out, -math.inf).softmax(dim=1)
+        eps = (responsibility[:, :, None] * (1 - a).sqrt() * offset / total).sum(1)
+        return torch.nn.functional.pad(eps, (0, 1)).float()[:, :, None, None]
+
+    return denoiser
+
+
+def of_four(sampler: str, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `other` at w = 2 and S = 0.2 makes of 400 images of the four, (400, 2); and their other meanings and own nuisances."""
+    index = torch.arange(400)
+    labels, nuisance = index % 2, index // 2 % 2
+    images = torch.stack([2.0 * labels - 1, 2.0 * nuisance - 1, torch.zeros(400)], dim=1)[:, :, None, None]
+    images[:, :2] += SPREAD * normal(5, index, 0, (2, 1, 1))
+    made = guided_partial_sample(
+        four_denoiser(alphas_bar(LINEAR)),
+        images,
+        *guidance_terms("other", 2.0, labels, wrong_classes(labels, 2, seed=0, index=index), 2),
+        lambda draw: normal(1, index, draw, (3, 1, 1)),
+        LINEAR,
+        start_fraction=0.2,
+        sampler=sampler,
+        steps=steps,
+    )
+    return made[:, :2, 0, 0], torch.stack([1.0 - 2 * labels, 2.0 * nuisance - 1], dim=1)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 6])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_of_four_gaussians_the_one_of_the_other_meaning_and_the_own_nuisance_is_reached(sampler, steps):
+    made, target = of_four(sampler, steps)
+    assert (made - target)[:, 0].abs().max() < 0.3
+    assert ((made - target)[:, 1].abs() < 0.5).float().mean() > 0.88  # S = 0.2 noises some images past the middle
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm"])
+def test_a_single_step_overshoots(sampler):
+    made, target = of_four(sampler, 1)  # guided at the highest noise level alone, with no step to make up for it
+    assert (made - target)[:, 0].abs().mean() > 2
+
+
+def test_second_order_is_for_five_steps_and_more(monkeypatch):
+    images, labels = sources(8, 2)
+    settings = {"conditions": (1 - labels)[:, None], "weights": torch.ones(1), "start_fraction": 0.3}
+
+    def both(steps):
+        return [sample(LINEAR, 2, images, **settings, sampler=name, steps=steps) for name in ("ddim", "dpm")]
+
+    found = {steps: both(steps) for steps in (2, 3, 4, 5, 6, 20)}
+    monkeypatch.setattr(sampling, "SECOND_ORDER_STEPS", 0)  # second order as soon as there is a prediction before
+    for steps, (first, made) in found.items():
+        assert torch.equal(made, first) == (steps < 5)
+        assert torch.equal(made, both(steps)[1]) == (steps not in (3, 4))
 
 
 def test_the_own_class_is_kept_by_the_control():
