@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from sdood_plugin.features import Backbone
 from sdood_plugin.training import Job
 
 from ..resuming import assert_resumes, assert_same
+from .two_processes import diverge, train
 
 
 def linear_bar(timesteps=1000):
@@ -244,6 +248,20 @@ def run(job, tiny, pictures):
 
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, tiny, pictures):
     assert_resumes(lambda job: run(job, tiny, pictures), tmp_path, accelerator, die_at=3)
+
+
+def test_two_processes_train_as_one_does_and_stop_together(tmp_path, accelerator):
+    script = str(Path(__file__).with_name("two_processes.py"))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, str(tmp_path)]
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, both = train(accelerator, tmp_path), [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [found["processes"] for found in both] == [2, 2] and one["processes"] == 1
+    assert_same(both[0]["weights"], both[1]["weights"])
+    torch.testing.assert_close(both[0]["weights"], dict(one["weights"]), rtol=1e-3, atol=1e-5)
+    assert both[0]["losses"] == both[1]["losses"] == pytest.approx(one["losses"], rel=1e-4)  # of the whole batch
+    assert "step 2: got nan" in diverge(accelerator, tmp_path)
+    assert [found["error"] for found in both] == [diverge(accelerator, tmp_path)] * 2
 
 
 def test_global_randomness_is_left_alone_and_the_result_does_not_depend_on_it(tmp_path, accelerator, tiny, pictures):
