@@ -156,8 +156,11 @@ OUTLIERS = _staged("CIFAR-10 outliers:", "cifar10_outliers-gpu", "--data data", 
     DIFFUSION, Step("train-reference", 4, "stages/train-reference.json"), Step("generate", 7, "stages/generate.json"),
     Step("inspect", 7, rows=tuple({"set": name, "count": 50_000} for name in cifar10_outliers.SETS))])  # fmt: skip
 RUN = "runs/benchmarks/cifar10_outliers-gpu-0"
-OURS = " ".join(f"--ours dpm {steps} {low} 1 2,2.5,3,4,5" for steps, low in ((8, 0), (6, 0), (6, 0.04), (5, 0)))
-OURS += " --ours ddpm 8 0.065 1 3,4,6"  # S is 0.1: the guided part that was best on the CPU
+# fmt: off
+OURS = " ".join(f"--ours {words}" for words in (
+    "dpm 8 0 1 2,2.5,3,4", "dpm 5 0 1 2,2.5,3,4", "dpm 6 0 1 2,2.5,3,4,5", "dpm 6 0.13 1 2,2.5,3,4,5",  # with and without an interval
+    "ddpm 6 0.13 1 3,4,6", "ddpm 8 0.13 1 3,4,6"))  # S is 0.2 T, as on the CPU, where guidance from 0.13 T was best
+# fmt: on
 NETWORK = {"network": "resnet18_cifar", "by": "ours / theirs", "part": "whole"}
 BANKS = (*((kind, "50000 x 512") for kind in neighbours_speed.KINDS), ("clustered", "1000000 x 384"))
 

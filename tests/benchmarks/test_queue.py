@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
+from pathlib import Path
 
 import pytest
 
-from benchmarks import experiment, queue, sampling_speed, table1, table2
+from benchmarks import cifar10_outliers, experiment, queue, sampling_speed, table1, table2
 from benchmarks.experiment import configuration
 from benchmarks.queue import QUEUE, Item, following
 from sdood_plugin.artifacts import write_json
@@ -68,6 +69,17 @@ def test_every_command_can_be_read_by_its_benchmark(monkeypatch, capsys):
             except SystemExit:
                 pytest.fail(f"{item.name}: {capsys.readouterr().err}")
     assert {"speed: sampling 2", "speed: diffusion", "outlier quality", "selection"} <= read
+
+
+def test_the_sampling_settings_fit_the_run_they_are_tried_on():
+    options = cifar10_outliers.read_options("cifar10_outliers", "", ["--size", "gpu"])
+    start = configuration(options, cifar10_outliers.SIZES).outliers.start_fraction
+    assert options.folder(0).name == Path(queue.RUN).name and start == 0.2
+    settings = [words.split() for words in queue.OURS.removeprefix("--ours ").split(" --ours ")]
+    assert {low for _, _, low, _, _ in settings} == {"0", "0.13"}
+    tried = {(sampler, steps, low, w) for sampler, steps, low, _, weights in settings for w in weights.split(",")}
+    assert {("dpm", "6", "0", "3"), ("dpm", "6", "0.13", "3")} <= tried  # one thing changed
+    assert {("ddpm", steps, "0.13") for steps in "68"} <= {setting[:3] for setting in tried}
 
 
 def test_the_tables_of_the_queue_have_settings_that_can_be_read():
