@@ -72,8 +72,8 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
 
     Raises:
         UsageError: A file that is named is not there, the run folder lies among the images, k exceeds its bank, a comparator
-            has nothing to train or nothing to be compared on, or the diffusion model cannot be trained on such images or
-            by so many processes.
+            has nothing to train or nothing to be compared on, the diffusion model cannot be trained on such images, or what
+            is trained cannot be by so many processes.
         RunError: The images are too few to be clustered, or those of a class.
     """
     config, out = context.config, context.folder.resolve()
@@ -108,9 +108,13 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
     if BY_NAME["compare"] in chosen and not config.data.ood:
         raise UsageError("data.ood", "none", "OOD test sets to compare on", "give --data.ood, or leave `compare` out")
     _ = context.train_fingerprint, context.test_fingerprint
-    to_train = {"train-diffusion": BY_NAME["train-diffusion"] in chosen, "train-comparators": "fake-it" in trained}
-    if any(wanted and not is_current(BY_NAME[name], context) for name, wanted in to_train.items()):
+    to_train = {stage.name for stage in chosen if stage.name.startswith("train-") and not is_current(stage, context)}
+    if "train-diffusion" in to_train or ("train-comparators" in to_train and "fake-it" in trained):
         stages.check_diffusion(context)
+    if to_train & {"train-detector", "train-exposed"}:
+        stages.check_detector(context, controls=config.outliers.controls, outliers=True)
+    if "train-reference" in to_train or ("train-comparators" in to_train and {"multi-class", "fake-it", "oe-noise"} & {*trained}):
+        stages.check_detector(context, controls=False, outliers="oe-noise" in trained)
     stages.check_clustering(context)
     bank = int((~context.heldout).sum())
     both = bank * (1 + config.outliers.per_source)  # `outliers.sources` may leave fewer; the score itself checks that

@@ -13,6 +13,7 @@ import torch
 
 from .artifacts import write_csv, write_json, write_tensors, write_text
 from .context import Context
+from .detector.batches import require_even_shares
 from .detector.network import ThreeHeadNet, load_network, save_network
 from .detector.training import Labelled, train_detector
 from .errors import UsageError
@@ -102,6 +103,16 @@ def check_diffusion(run: Context) -> None:
             f"a multiple of the {processes} processes, whose shares count alike",
             "change it or the number of processes",
         )
+
+
+def check_detector(run: Context, *, controls: bool, outliers: bool) -> None:
+    """Make sure that these processes can share the batches of a network with the detector's settings.
+
+    Raises:
+        UsageError: Their shares of the images, or of such controls and outliers as are trained on, would differ in size.
+    """
+    images, processes = int((~run.heldout).sum()), run.accelerator.num_processes
+    require_even_shares(run.config.detector, images, processes, controls=controls, outliers=outliers)
 
 
 def train_diffusion(run: Context, folder: Path, key: str) -> None:

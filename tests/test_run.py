@@ -575,6 +575,52 @@ def test_a_batch_is_shared_evenly_or_refused(tmp_path, processes, fits):
         check_input(found, chosen_stages(found.config))
 
 
+@pytest.mark.parametrize(
+    ("processes", "settings", "controls", "last", "message"),
+    [
+        (2, {"batch_size": 24}, True, None, None),
+        (2, {"batch_size": 23}, True, "train-reference", "detector.batch_size: got 23; expected a multiple of the 2 processes"),
+        (2, {"batch_size": 200}, True, "train-detector", None),  # all 72 images
+        (
+            5,
+            {"batch_size": 200, "outlier_ratio": 0.0},
+            False,
+            "train-reference",
+            "batch_size: got 72; .* the 5 processes",
+        ),
+        (
+            2,
+            {"batch_size": 24, "outlier_ratio": 0.3},
+            True,
+            "train-detector",
+            "outliers .*: got 7; .*whose shares count",
+        ),
+        (
+            2,
+            {"batch_size": 24, "control_ratio": 0.3},
+            True,
+            "train-detector",
+            "controls .*: got 7; .* the 2 processes",
+        ),
+        (2, {"batch_size": 24, "control_ratio": 0.3}, False, "train-detector", None),
+        (2, {"batch_size": 24, "control_ratio": 0.3}, True, "train-reference", None),
+        (1, {"batch_size": 23, "outlier_ratio": 0.3}, True, None, None),
+    ],
+)
+def test_the_detectors_batch_is_shared_evenly_or_refused(tmp_path, processes, settings, controls, last, message):
+    config = tiny_config()
+    config = dataclasses.replace(
+        config,
+        detector=dataclasses.replace(config.detector, **settings),
+        outliers=dataclasses.replace(config.outliers, controls=controls),
+        diffusion=dataclasses.replace(config.diffusion, batch_size=processes),
+    )
+    found = context.Context(config, tmp_path)
+    found.__dict__["accelerator"] = SimpleNamespace(num_processes=processes)
+    with pytest.raises(UsageError, match=message) if message else contextlib.nullcontext():
+        check_input(found, chosen_stages(config, last))
+
+
 def test_a_finished_model_need_not_be_shared_by_the_processes_that_sample(finished):
     found = context.Context(tiny_config(), finished)  # batches of 8
     found.__dict__["accelerator"] = SimpleNamespace(num_processes=3)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from ..config import DetectorConfig
 from ..data.images import to_unit
-from ..errors import RunError
+from ..errors import RunError, UsageError
 from ..features import Backbone
 from ..randomness import step_generator
 from ..training import share
@@ -93,8 +94,40 @@ def make_parts(
     parts = [Part(*inside, batch_size, False)]
     for extra, ratio, is_outlier in ((controls, ratios[0], False), (outliers, ratios[1], True)):
         if extra is not None and len(extra.images) and ratio > 0:
-            parts.append(Part(*extra, max(1, round(ratio * batch_size)), is_outlier))
+            parts.append(Part(*extra, _per_batch(batch_size, ratio), is_outlier))
     return parts
+
+
+def _per_batch(batch_size: int, ratio: float) -> int:
+    return max(1, round(ratio * batch_size))
+
+
+def require_even_shares(config: DetectorConfig, images: int, processes: int, *, controls: bool, outliers: bool) -> None:
+    """Make sure that the processes' shares of every step are of one size: the mean of their losses is the batch's then.
+
+    Args:
+        config: The detector's settings.
+        images: In-distribution images to train on.
+        processes: That share a step.
+        controls: Whether there are any.
+        outliers: Whether there are any.
+
+    Raises:
+        UsageError: The images, controls or outliers of a step are no multiple of the processes.
+    """
+    batch_size = min(config.batch_size, images)
+    counts = {"detector.batch_size": batch_size}
+    for name, there, ratio in (("control", controls, config.control_ratio), ("outlier", outliers, config.outlier_ratio)):
+        if there and ratio > 0:
+            counts[f"{name}s a step, of detector.{name}_ratio"] = _per_batch(batch_size, ratio)
+    for name, count in counts.items():
+        if count % processes:
+            raise UsageError(
+                name,
+                count,
+                f"a multiple of the {processes} processes, whose shares count alike",
+                "change it or the number of processes",
+            )
 
 
 def frozen_outputs(

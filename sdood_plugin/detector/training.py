@@ -17,7 +17,7 @@ from ..data.images import to_unit
 from ..features import Backbone, load_backbone
 from ..randomness import derive_seed
 from ..training import Descent, Job, Stateful, initialised, place, train_steps
-from .batches import Batches, Labelled, Part, frozen_outputs, make_parts
+from .batches import Batches, Labelled, Part, frozen_outputs, make_parts, require_even_shares
 from .loss import full_precision, three_head_loss
 from .network import Heads, ThreeHeadNet
 
@@ -50,8 +50,13 @@ def train_detector(
 
     Returns:
         The network in evaluation mode on the accelerator's device, and each step's losses.
+
+    Raises:
+        UsageError: The processes' shares of a step would differ in size.
     """
     accelerator, device = job.accelerator, job.device
+    there = {"controls": bool(controls and len(controls.images)), "outliers": bool(outliers and len(outliers.images))}
+    require_even_shares(config, len(inside.images), accelerator.num_processes, **there)
     build = partial(_build, config, classes, inside.images.shape[-1])
     network = place(initialised(build, derive_seed(job.seed, "detector-init")), device)
     batch_size = min(config.batch_size, len(inside.images))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from sdood_plugin.detector import training
 from sdood_plugin.detector.batches import Labelled
 from sdood_plugin.detector.network import ThreeHeadNet, load_network, save_network
 from sdood_plugin.detector.training import make_optimizer, train_detector
-from sdood_plugin.errors import RunError
+from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.features import Backbone
 from sdood_plugin.randomness import derive_seed
 from sdood_plugin.training import Job
@@ -278,6 +279,13 @@ def test_learning_rates_of_convolutional_networks_fall_block_by_block(name, laye
         (layer,) = [number for number, pattern in enumerate(layers) if re.match(rf"({pattern})\.", own)]
         assert rates.pop(parameter) == pytest.approx(0.1 * 0.5 ** (len(layers) - 1 - layer)), own
     assert len(rates) == 6 and set(rates.values()) == {0.1}  # weights and biases of the heads
+
+
+def test_shares_that_differ_in_size_are_refused_before_the_first_step(job, parts):
+    three = dataclasses.replace(job, accelerator=SimpleNamespace(num_processes=3, device=job.device))
+    config = dataclasses.replace(CONFIG, batch_size=6, outlier_ratio=2 / 3)
+    with pytest.raises(UsageError, match="outliers a step, of detector.outlier_ratio: got 4; .* 3 processes, whose"):
+        train(parts, config, three)
 
 
 def test_fewer_images_than_a_batch(job, parts):
