@@ -11,9 +11,9 @@ saving gives what: batched forward, steps, precision, fewer steps, interval, com
 
 All methods denoise the same batches from the same x_S, one method after the other within a batch, so a ratio compares
 neighbours in time; the figures of what they made are over all batches. A method is `equal` to a baseline where its flip rate
-is within 2 points and its Frechet distance within 5 %. The fastest of ours that is equal on one half of the sources is
-`chosen`; every row is of the other half, and its columns `choosing_...` are of the half that chose. A seed draws the halves,
-the noise and the wrong classes.
+is within 2 points and its Frechet distance within 5 %. The fastest of ours that is equal on one half of the sources, in the mean
+of all seeds, is `chosen`, once a baseline; every row is of the other half, and its columns `choosing_...` are of the half that
+chose. A seed draws the halves, the noise and the wrong classes. `savings` sums up what each saving alone gives.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 
 from benchmarks.record import RESULTS, earlier, write_result
 from benchmarks.samplers import Batch, Setting, Way, informed, naive, ours
+from benchmarks.savings import choose, chosen, is_equal, savings
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import as_dict
 from sdood_plugin.context import Context
@@ -47,7 +48,6 @@ from sdood_plugin.training import place, unet_format
 
 BASELINES = ("naive", "informed")
 HALVES = ("choosing", "reported")
-FLIP_POINTS, DISTANCE_SHARE = 2.0, 0.05
 
 
 @dataclass
@@ -133,13 +133,8 @@ def summarise(found: list[Method], judge: Judge, labels: dict[str, torch.Tensor]
     """One row for each method and baseline: what it made, how fast, and how it stands to the baseline, on the reported half."""
     both = itertools.product(HALVES, found)
     figures = {(half, method.name): _figures(method, half, judge, labels[half], batch_size) for half, method in both}
-    rows = []
-    for baseline in (method for method in found if method.name in BASELINES):
-        against = [_beside(baseline, method, figures) for method in found]
-        ours = [row for row in against if row["method"].startswith("ours") and row["choosing_equal"]]
-        fastest = max(ours, key=lambda row: row["choosing_ratio"], default=None)
-        rows += [{**row, "chosen": row is fastest} for row in against]
-    return rows
+    baselines = [method for method in found if method.name in BASELINES]
+    return [_beside(baseline, method, figures) for baseline in baselines for method in found]
 
 
 def _figures(method: Method, half: str, judge: Judge, labels: torch.Tensor, batch_size: int) -> dict[str, float]:
@@ -157,7 +152,7 @@ def _beside(baseline: Method, method: Method, figures: dict[tuple[str, str], dic
         said = {"ratio": statistics.median(other / mine for other, mine in pairs)}
         said |= own if half == "reported" else {}
         said |= {"flips_above": flips, "fd_above_percent": 100 * distance}
-        said["equal"] = abs(flips) <= FLIP_POINTS and abs(distance) <= DISTANCE_SHARE
+        said["equal"] = is_equal(flips, distance)
         row |= {f"choosing_{name}" if half == "choosing" else name: value for name, value in said.items()}
     return row
 
@@ -197,7 +192,7 @@ def main() -> None:
     judge, size = Judge(context, setting.device), options.batch_size
     shared = {**as_dict(context.config), "sampled": as_dict(setting.outliers), "images": options.images, "batch_size": size}
     shared |= {"ours": [name for name, _ in wanted(options)], "compile": options.compile}
-    name, chosen_by = f"sampling_speed{options.suffix}", "the columns `choosing_...`, of the other half of the sources"
+    name, chosen_by = f"sampling_speed{options.suffix}", "the mean over seeds of `choosing_...`, of the other half of the sources"
     rows, spent = earlier(RESULTS / f"{name}.json", shared)
     rows = [row for row in rows if row["seed"] not in options.seeds]
     facts = {"data": {"train": len(context.train), "sources": options.images}, "chosen_by": chosen_by}
@@ -206,11 +201,12 @@ def main() -> None:
     for seed in options.seeds:
         own = replace(setting, seed=derive_seed(seed, "sampling-speed"))
         for made in _measured(context, own, methods(compiled, options, own.device), judge, options, seed):
-            all_rows = rows + [{"seed": seed, **row} for row in made]
+            all_rows = choose(rows + [{"seed": seed, **row} for row in made])
+            facts |= {"chosen_settings": chosen(all_rows), "savings": savings(all_rows)}
             seeds = sorted({row["seed"] for row in all_rows})
             write_result(name, shared, seeds, all_rows, facts, spent_s=spent, folder=RESULTS, device=context.config.device)
         rows = all_rows
-    for row in rows:
+    for row in (*rows, *chosen(rows), *savings(rows)):
         print({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()})
 
 
