@@ -197,3 +197,14 @@ def test_a_pickle_leaves_the_postprocessor_where_it_is(loaders):
     assert post.features is features
     assert post.score_ is score
     torch.testing.assert_close(again.score_.inside, score.inside)
+
+
+def test_a_sweep_says_once_that_held_out_images_are_few(loaders, caplog):
+    from sdood_plugin.hosts.openood import SDOODPostprocessor
+
+    post = SDOODPostprocessor()
+    post.setup(FeatureNet(), loaders)
+    for k_distance in (1, 2, 3):
+        post.set_hyperparam([k_distance, None, None, None])
+    said = [record for record in caplog.records if "the threshold is that of a rate of 0.0625" in record.getMessage()]
+    assert len(said) == 1
