@@ -261,6 +261,24 @@ def test_the_shipped_yamls_work_in_the_hosts_own_data_tree(run_folder, configs, 
     assert config.network.num_classes == 100
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("trainer", ["mixoe", "udg"])
+def test_what_the_shipped_yamls_say_of_the_hosts_trainers_is_what_they_need(configs, tmp_path, name, trainer):
+    from sdood_plugin.hosts.openood.__main__ import read_config
+
+    path = REPOSITORY / "configs" / "openood" / "datasets" / f"{name}_sdood_oe.yml"
+    said = next(line for line in path.read_text().splitlines() if line.lower().startswith(f"# the host's {trainer} needs"))
+    files = [str(path), *stock_files(configs, RESNET, f"train_{trainer}")]
+    stock = configs / f"datasets/{name}/{name}.yml"
+    before, after = (
+        read_config(arguments(stock, files, settings, tmp_path)).dataset for settings in ("", said[said.index("--") :])
+    )
+    setting, wanted = {"mixoe": ("batch_size", 64), "udg": ("dataset_class", "UDGDataset")}[trainer]
+    assert before.train[setting] != wanted and before.oe[setting] != wanted
+    assert after.train[setting] == after.oe[setting] == wanted
+    assert trainer != "mixoe" or before.train.batch_size != before.oe.batch_size
+
+
 def test_one_pasted_command_line_starts_the_host(exported, configs, tmp_path):
     text = (exported / "sdood" / "commands.txt").read_text()
     commands = dict(zip(text.splitlines()[::2], text.splitlines()[1::2], strict=True))

@@ -90,6 +90,8 @@ postprocessor:
 
 _OE = """# Our outliers as auxiliary data of {id_name}: give it after the host's configs/datasets/{id_name}/{id_name}.yml.
 # `sdood export-openood RUN ./data` in the host's checkout writes what it names. A label is the outlier's SOURCE class.
+# The host's MixOE needs batches of one size: --dataset.train.batch_size 64 --dataset.oe.batch_size 64
+# The host's UDG needs its own class: --dataset.train.dataset_class UDGDataset --dataset.oe.dataset_class UDGDataset
 dataset:
   name: {id_name}_sdood_oe
   split_names: [train, oe, val, test, oe_heldout]
