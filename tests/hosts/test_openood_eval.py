@@ -229,10 +229,12 @@ def test_a_left_out_set_is_said_by_name(net, tree, caplog):
         Evaluator(net, "cifar10", postprocessor=SDOODPostprocessor(), **{**common(tree), "skip_absent": False})
 
 
-@pytest.mark.parametrize("name", ["msp", "odin", "knn"])
+@pytest.mark.parametrize("name", ["msp", "odin", "knn", "sdood"])
 def test_numbers_are_the_hosts_own_with_cuda_neutralised(trained, tree, configs, short_configs, tmp_path, monkeypatch, name):
     """The host's own evaluator, all its data sets there, with `.cuda()` made to do nothing by other means than ours."""
     from openood.evaluation_api import Evaluator as HostEvaluator
+
+    from sdood_plugin.hosts.openood import Evaluator, SDOODPostprocessor
 
     lists = tmp_path / "benchmark_imglist" / "cifar10"
     shutil.copytree(tree / "benchmark_imglist" / "cifar10", lists)
@@ -244,22 +246,26 @@ def test_numbers_are_the_hosts_own_with_cuda_neutralised(trained, tree, configs,
         (tmp_path / "images_classic" / folder / "here").touch()  # else the host downloads
         shutil.copyfile(lists / "test_tin.txt", lists / f"test_{folder}.txt")
     shutil.copyfile(lists / "val_cifar10.txt", lists / "test_cifar10c.txt")
-    arguments = {
-        "data_root": str(tmp_path),
-        "config_root": str(short_configs),
-        "postprocessor_name": name,
-        "batch_size": 50,
-        "num_workers": 0,
-    }
+    arguments = {"data_root": str(tmp_path), "config_root": str(short_configs), "batch_size": 50, "num_workers": 0}
+
+    def made(evaluator):
+        own = {"postprocessor": SDOODPostprocessor()} if name == "sdood" else {"postprocessor_name": name}
+        return evaluator(trained, "cifar10", **arguments, **own)
+
+    def numbers(evaluation):
+        tables = [evaluation.eval_ood(fsood=fsood, progress=False) for fsood in (False, True)]
+        return *tables, [evaluation.eval_acc(data) for data in ("id", "csid")]
+
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)
         patch.setattr(torch.nn.Module, "cuda", lambda self, *_, **__: self)
-        theirs = HostEvaluator(trained, "cifar10", **arguments).eval_ood(progress=False)
-    from sdood_plugin.hosts.openood import Evaluator
-
-    ours = Evaluator(trained, "cifar10", **arguments).eval_ood(progress=False)
-    assert list(ours.index) == list(theirs.index)
-    np.testing.assert_array_equal(ours.to_numpy(dtype=float), theirs.to_numpy(dtype=float))
+        *theirs, their_accuracy = numbers(made(HostEvaluator))
+    *ours, accuracy = numbers(made(Evaluator))
+    assert accuracy == their_accuracy
+    for own, other in zip(ours, theirs, strict=True):
+        assert list(own.index) == list(other.index)
+        np.testing.assert_array_equal(own.to_numpy(dtype=float), other.to_numpy(dtype=float))
+    assert not ours[0].equals(ours[1]), "covariate-shifted images count as ID"
 
 
 def test_the_network_sees_the_pixels_the_core_sees(net, run_folder, loaders, tree):
