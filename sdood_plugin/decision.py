@@ -37,7 +37,7 @@ class Verdicts(NamedTuple):
     g_bin: torch.Tensor  # the binary head's probability of an outlier
     msp: torch.Tensor  # minus the largest class probability of g_in
     energy: torch.Tensor  # minus the log of g_in's summed exponentials
-    g_out: torch.Tensor  # the log of g_out's
+    g_out: torch.Tensor  # the same of g_out
 
 
 class Detector:

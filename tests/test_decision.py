@@ -82,7 +82,7 @@ def test_verdicts_are_those_of_the_parts(detector):
     torch.testing.assert_close(verdicts.g_bin, heads.binary.softmax(1)[:, 1].detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(verdicts.energy, -heads.inside.logsumexp(1).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(verdicts.msp, -heads.inside.softmax(1).max(1).values.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(verdicts.g_out, heads.outside.logsumexp(1).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(verdicts.g_out, -heads.outside.logsumexp(1).detach(), rtol=1e-4, atol=1e-5)
     assert torch.equal(verdicts.votes, votes) and torch.equal(verdicts.p_value, detector.fitted.p_values(verdicts.score))
 
 

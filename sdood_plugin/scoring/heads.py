@@ -15,12 +15,12 @@ def head_scores(binary: torch.Tensor, inside: torch.Tensor, outside: torch.Tenso
 
     Returns:
         float (B,) each. `g_bin`: its probability of an outlier. `msp`: minus g_in's largest class probability (Hendrycks &
-        Gimpel, ICLR 2017). `energy`: minus the log of g_in's summed exponentials (Liu et al., NeurIPS 2020). `g_out`: that
-        log of g_out, which knows outliers alone.
+        Gimpel, ICLR 2017). `energy`: minus the log of g_in's summed exponentials (Liu et al., NeurIPS 2020). `g_out`: the
+        same of g_out, which is less sure of an outlier, that has lost what it was made of, than of an image.
     """
     return {
         "g_bin": binary.softmax(dim=1)[:, 1],
         "msp": -inside.softmax(dim=1).amax(dim=1),
         "energy": -inside.logsumexp(dim=1),
-        "g_out": outside.logsumexp(dim=1),
+        "g_out": -outside.logsumexp(dim=1),
     }
