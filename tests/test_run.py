@@ -551,10 +551,8 @@ def test_a_folder_of_plain_images_needs_no_labels_and_no_test_sets(tmp_path):
     )
     run(config, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"] == []
-    assert json.loads((tmp_path / "out" / "detector" / "score.json").read_text())["calibration"]["heldout"] == [
-        8,
-        pytest.approx(5, abs=4),
-    ]
+    images, outliers, controls = json.loads((tmp_path / "out" / "detector" / "score.json").read_text())["calibration"]["heldout"]
+    assert images == 8 and 0 < outliers == controls < 10
 
 
 def test_a_side_that_the_unet_cannot_halve_is_named_before_anything_is_done(tmp_path):
