@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from sdood_plugin import context, stages
-from sdood_plugin.artifacts import read_csv, read_tensors
+from sdood_plugin.artifacts import read_csv, read_tensors, value_hash
 from sdood_plugin.config import (
     ClusteringConfig,
     CompareConfig,
@@ -196,6 +196,20 @@ def test_an_image_whose_features_are_not_finite_is_named_by_its_file(finished, m
     network = load_network(finished / "detector" / "detector.safetensors")
     with pytest.raises(RunError, match=f"features of image {re.escape(name)}: got NaN or infinity .1 of"):
         stages.score_features(run, network)
+
+
+def test_a_run_that_was_calibrated_before_classes_were_left_out_is_calibrated_again_and_nothing_trained(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    record, score = copy / "stages" / "calibrate.json", copy / "detector" / "score.json"
+    old, said = json.loads(record.read_text()), json.loads(score.read_text())
+    parts = {name: old["parts"][name] for name in old["parts"].keys() - {"alpha"}}  # what the key of that version had
+    record.write_text(json.dumps(old | {"parts": parts, "key": value_hash(parts)}))
+    del said["calibration"]["votes"]
+    score.write_text(json.dumps(said))
+    outcome = run(tiny_config(), copy, "evaluate")
+    assert {name for name, done in outcome.items() if done == "ran"} == {"calibrate"}  # to the same bytes: nothing after it
+    assert score.read_bytes() == (finished / "detector" / "score.json").read_bytes()
 
 
 def test_a_run_that_was_calibrated_by_an_earlier_version_can_still_be_looked_at(finished, tmp_path):
