@@ -3,7 +3,8 @@
 OPENOOD_ROOT=/path/to/OpenOOD python -m benchmarks.detector_speed --data FOLDER [--networks small_cnn resnet18_cifar]
 
 FOLDER holds benchmark_imglist and images_classic. Both train by cross-entropy on the same CIFAR-10 images, the host in
-float32 with its augmentation and its default of 8 loader processes, ours as `sdood` does on that device (bf16 on a GPU).
+float32 with its augmentation and its default of 8 loader processes, ours as `sdood` does on that device (bf16 on a GPU; with
+`--precision bf16` on a CPU, too, which pays where the processor has instructions for it).
 `whole` is images a second through the training loop after its first steps; `loading` and `step` are its two halves alone:
 reading, augmenting and stacking a batch, and the update on batches that are already there. Ours reads the images once
 before it starts (`reading`), the host in every epoch.
@@ -69,7 +70,7 @@ def main() -> None:
     """Measure each network with each seed and write results/detector_speed[SUFFIX].json after each."""
     options = _options()
     require_host()
-    accelerator = make_accelerator(RunConfig(device=options.device))
+    accelerator = make_accelerator(RunConfig(device=options.device, precision=options.precision))
     started = time.perf_counter()
     count = options.steps * options.batch_size
     config = ImagesConfig(str(options.data / LIST), root=str(options.data / "images_classic"), limit=count)
@@ -98,6 +99,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="the host's loader processes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bf16"], help="of ours")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--suffix", default="")
     options = parser.parse_args()
