@@ -2,14 +2,19 @@
 
     python -m benchmarks.neighbours_speed --threads 1
     python -m benchmarks.neighbours_speed --device cuda --threads 16 --large-queries 10000
+    python -m benchmarks.neighbours_speed --threads 1 --cache runs/features
+
+Random features, and with `--cache` real ones: all CIFAR-10 training images by a frozen ViT-Tiny (`benchmarks.features_cache`)
+as the bank, the test images as queries.
 
 faiss is used as OpenOOD's KNN does, an `IndexFlatL2` of unit features; scikit-learn as pytorch-ood's KNN does, a
 `NearestNeighbors`. Task `search` is the k nearest of the bank. Task `score` is distance and vote with half of the bank
 outliers: theirs needs a search of the images' half and one of the whole bank, ours meets every row once. All get all
 queries in one call and the same number of threads, where ours is not on a GPU; each row names its device. What is prepared
 once, index, fit or bank, is timed apart. ratio is theirs / ours of the fastest of the repeats; ratio_..._prepared counts what
-each prepares for the task, too, as one call on a new bank takes. `multiplies_bfloat16` says whether the device of ours does,
-which its speed rests on. On one thread of the CPU seconds are the process's own (`time.process_time`), which other work on
+each prepares for the task, too, as one call on a new bank takes. `peak_gib` is the most memory the process has held up to
+then, of a GPU its own (bank and queries are in it). `multiplies_bfloat16` says whether the device of ours does, which its
+speed rests on. On one thread of the CPU seconds are the process's own (`time.process_time`), which other work on
 the machine disturbs less; else those on the wall.
 
 Ours is compared with the definition for some queries, and its votes with its search of the whole bank; rows of the others
@@ -19,8 +24,11 @@ may differ from ours only where the true distances are equal to what a float32 s
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +36,14 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from benchmarks.record import device_name, write_result
+from sdood_plugin.artifacts import read_tensors
 from sdood_plugin.neighbours import Bank
 from sdood_plugin.neighbours.candidates import multiplies_bfloat16
 from sdood_plugin.scoring.terms import distance_and_votes
 
 K_DISTANCE, K_VOTE = 2, 5
 SPREAD = {"clustered": 0.4, "collapsed": 0.0316}  # cosine within a class: 0.86 and 0.999
+REAL = "ViT-Tiny, CIFAR-10"
 KINDS = {"gaussian": "gaussian", **{kind: kind for kind in SPREAD}, "collapsed, far queries": "gaussian"}  # and of the queries
 TIE = 1e-5  # squared distances of unit rows that float32 sums of products may take for equal, with room
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # (queries, k) -> squared distances, rows
@@ -47,6 +57,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="of ours; the others run on the CPU")
+    parser.add_argument("--cache", type=Path, help="of benchmarks.features_cache, for real features")
     parser.add_argument("--tiny", action="store_true", help="200 queries against 4,000 x 64: does it run?")
     parser.add_argument("--suffix", default="")
     return parser.parse_args()
@@ -60,6 +71,20 @@ def features(kind: str, count: int, width: int, generator: torch.Generator) -> t
         means = torch.randn(10, width, generator=torch.Generator().manual_seed(1))
         rows = means[torch.randint(10, (count,), generator=generator)] + spread * rows
     return torch.nn.functional.normalize(rows, dim=1)
+
+
+def real_features(cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit rows of CIFAR-10: the training images' and the test images'."""
+    kept = (read_tensors(cache / f"cifar10_{name}.safetensors")["features"] for name in ("train", "test"))
+    bank, queries = (torch.nn.functional.normalize(rows, dim=1) for rows in kept)
+    return bank, queries
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory so far: of the GPU's what tensors took, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def timed(call: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
@@ -146,13 +171,19 @@ def ours(bank: torch.Tensor, queries: torch.Tensor, repeats: int) -> dict[str, t
     return found
 
 
-def case(kind: str, queries: int, rows: int, width: int, settings: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one bank."""
+def drawn_features(kind: str, queries: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A bank and queries of a kind."""
     generator = torch.Generator().manual_seed(0)
     bank, asked = (features(*drawn, width, generator) for drawn in ((kind, rows), (KINDS[kind], queries)))
+    return bank, asked
+
+
+def case(kind: str, bank: torch.Tensor, asked: torch.Tensor, settings: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one bank."""
+    (rows, width), queries = bank.shape, len(asked)
     images, device = rows // 2, torch.device(settings.device)
     on_device, asked_there = bank.to(device), asked.to(device)
-    own = ours(on_device, asked_there, settings.repeats)
+    own, peak = ours(on_device, asked_there, settings.repeats), peak_gib(device)
     found_rows, votes = (own[task][2][1].cpu() for task in ("search", "score"))
     assert torch.equal(found_rows[:20], by_definition(asked[:20], bank, K_VOTE)), "ours is not exact"
     assert torch.equal((found_rows >= images).sum(dim=1), votes.long()), "ours votes otherwise than its neighbours"
@@ -161,7 +192,7 @@ def case(kind: str, queries: int, rows: int, width: int, settings: argparse.Name
     records = []
     for task, (prepare_s, seconds, _) in own.items():
         row = {"method": "sdood", "task": task, **here, "seconds": seconds, "images_per_s": queries / seconds}
-        records.append(row | {"prepare_s": prepare_s})
+        records.append(row | {"prepare_s": prepare_s, "peak_gib": peak})
     fastest = min(product_seconds(asked_there, on_device, dtype) for dtype in (torch.bfloat16, torch.float32))
     records.append(
         {"method": "matrix product alone", "task": "search", **here, "seconds": fastest, "ratio": fastest / own["search"][1]}
@@ -209,18 +240,20 @@ def main() -> None:
     """Run and write, after each bank."""
     settings = arguments()
     torch.set_num_threads(settings.threads)
-    cases = [(kind, settings.queries, 50_000, 512) for kind in KINDS]
-    cases += [("clustered", settings.large_queries, 1_000_000, 384)] if settings.large_queries else []
-    if settings.tiny:
-        cases = [(kind, 200, 4_000, 64) for kind in KINDS]
+    cases: list[tuple[str, Callable[[], tuple[torch.Tensor, torch.Tensor]]]] = []
+    cases += [(REAL, partial(real_features, settings.cache))] if settings.cache else []
+    sizes = [(kind, *((200, 4_000, 64) if settings.tiny else (settings.queries, 50_000, 512))) for kind in KINDS]
+    sizes += [("clustered", settings.large_queries, 1_000_000, 384)] if settings.large_queries and not settings.tiny else []
+    cases += [(size[0], partial(drawn_features, *size)) for size in sizes]
     records: list[dict[str, Any]] = []
     with threadpool_limits(settings.threads):
         import faiss
 
         faiss.omp_set_num_threads(settings.threads)
-        for kind, queries, rows, width in cases:
-            records += case(kind, queries, rows, width, settings)
-            facts = {"data": {}, "note": "Random vectors.", "device_of_ours": settings.device}
+        for kind, drawn in cases:
+            records += case(kind, *drawn(), settings)
+            facts = {"data": {}, "device_of_ours": settings.device}
+            facts["note"] = f"Random vectors{', but for ' + REAL if settings.cache else ''}."
             facts["multiplies_bfloat16"] = multiplies_bfloat16(torch.device(settings.device))
             write_result(f"neighbours_speed{settings.suffix}", vars(settings), [0], records, facts, device=settings.device)
     for record in records:
