@@ -112,11 +112,11 @@ def test_refuses_features_of_another_width(generator):
 
 
 @pytest.mark.parametrize(("block", "group"), [(4, 1), (4, 3), (16, 2), (7, 4)])
-@pytest.mark.parametrize("spare", [0, 3, 24])
-def test_block_sizes_and_numbers_of_candidates_change_nothing(generator, monkeypatch, block, group, spare):
-    monkeypatch.setattr(candidates, "BLOCK", block)
-    monkeypatch.setattr(candidates, "GROUP", group)
-    monkeypatch.setattr(flat, "_SPARE", spare)
+@pytest.mark.parametrize("fold", [1, 2, 8])
+@pytest.mark.parametrize(("spare", "most"), [(0, 0), (3, 5), (24, 512)])
+def test_block_sizes_and_numbers_of_candidates_change_nothing(generator, monkeypatch, block, group, fold, spare, most):
+    for name, value in (("BLOCK", block), ("GROUP", group), ("FOLD", fold), ("SPARE", spare), ("MOST", most)):
+        monkeypatch.setattr(candidates, name, value)
     features, queries = torch.randn(101, 6, generator=generator), torch.randn(9, 6, generator=generator)
     features[50:60] = features[:10]
     distances, rows = nearest(queries, features, 4)
@@ -150,6 +150,15 @@ def test_any_scale_and_dtype(generator, scale, dtype):
     assert distances.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def test_queries_whose_products_overflow_find_theirs(generator):
+    features = torch.randn(300, 4, generator=generator)
+    queries = torch.cat([features[:3] + 0.1, 1e18 * torch.eye(4), 3e19 * torch.eye(4), 1e37 * torch.eye(4)])
+    distances, rows = Bank(features).nearest(queries, 3)
+    expected, order = naive(queries, features, 3)
+    torch.testing.assert_close(distances, expected, rtol=1e-12, atol=0)
+    assert torch.equal(rows[:3], order[:3])  # so far away all are equally near to what float64 can tell
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
 def test_constant_features_are_all_ties(value):
     features = torch.full((200, 8), value)
@@ -165,16 +174,18 @@ def test_the_error_of_candidates_is_within_its_bound(generator, way, spread):
     queries = 1.5 * features[:40].flip(1)
     if way == "faiss":
         finder = candidates.FaissFinder(features)
+        values, rows = (torch.from_numpy(part) for part in finder.index.search(queries.numpy(), 700))
+        error, relative = candidates.summing_error(queries).double(), 2.0**-22
     else:
         precision = torch.bfloat16 if way == "bfloat16" else torch.float32
         finder = candidates.ProductFinder(lambda start, stop: features[start:stop], 700, precision)
-    found = finder(queries, 700)
-    assert torch.equal(found.rows.sort(dim=1).values, torch.arange(700).expand(40, 700))
-    true = (queries.double()[:, None] - features[found.rows]).square().sum(dim=2)
-    approximate, error = found.values.double(), found.error.double()[:, None]
-    assert (true <= approximate.clamp(min=0) / (1 - found.relative) + error).all()
-    assert (true >= approximate.clamp(min=0) / (1 + found.relative) - error).all()
-    worst = ((true - approximate).abs() / (error + found.relative * true)).max()
+        values, rows = finder.products(finder.extended_queries(queries), 0)[0, :, :700], torch.arange(700).expand(40, 700)
+        error, relative = finder.error(queries).double(), finder.relative
+    true = (queries.double()[:, None] - features[rows]).square().sum(dim=2)
+    approximate, error = values.double(), error[:, None]
+    assert (true <= approximate.clamp(min=0) / (1 - relative) + error).all()
+    assert (true >= approximate.clamp(min=0) / (1 + relative) - error).all()
+    worst = ((true - approximate).abs() / (error + relative * true)).max()
     assert 0 < worst < 1  # and the bound is one that this comes near, not infinity
     assert float(error.max()) < (0.05 if way == "bfloat16" else 1e-4)
 
@@ -242,9 +253,10 @@ def test_products_of_less_precision_are_allowed_for(generator, monkeypatch, prod
     exactly = torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, out: out.copy_(exactly(a.bfloat16().float(), b.bfloat16().float())))
     features = F.normalize(torch.randn(200, 64, generator=generator), dim=1)
-    found = candidates.ProductFinder(lambda start, stop: features[start:stop], 200, torch.float32)(features[:20], 200)
-    off = ((features[:20, None] - features[found.rows]).square().sum(dim=2) - found.values).abs().amax(dim=1)
-    assert (off < found.error).all() and (off > candidates.summing_error(features[:20])).any()
+    finder = candidates.ProductFinder(lambda start, stop: features[start:stop], 200, torch.float32)
+    found = finder.products(finder.extended_queries(features[:20]), 0)[0]
+    off = ((features[:20, None] - features).square().sum(dim=2) - found).abs().amax(dim=1)
+    assert (off < finder.error(features[:20])).all() and (off > candidates.summing_error(features[:20])).any()
     assert torch.equal(nearest(features[:20], features, 3)[1], naive(features[:20], features, 3)[1])
 
 
@@ -277,23 +289,22 @@ def test_the_bound_holds_for_long_sums_on_a_gpu(generator, queries, rows, width)
     means = F.normalize(torch.randn(1, width, generator=generator), dim=1)
     features = F.normalize(means + 1e-3 * torch.randn(rows, width, generator=generator), dim=1).cuda()
     asked = features[:queries].flip(1)
-    found = candidates.ProductFinder(lambda start, stop: features[start:stop], rows, torch.bfloat16)(asked, 50)
-    true = torch.stack([(one.double() - features[near]).square().sum(dim=1) for one, near in zip(asked, found.rows, strict=True)])
-    off = (true - found.values).abs()
-    assert (off <= found.error.double()[:, None] + 2 * found.relative * true).all()
+    finder = candidates.ProductFinder(lambda start, stop: features[start:stop], rows, torch.bfloat16)
+    found = finder.products(finder.extended_queries(asked), 0)[0, :, :rows].double()
+    true = torch.stack([(one.double() - features).square().sum(dim=1) for one in asked])
+    assert ((true - found).abs() <= finder.error(asked).double()[:, None] + 2 * finder.relative * true).all()
     assert torch.equal(nearest(asked, features, 5)[1].cpu(), nearest(asked.cpu(), features.cpu(), 5)[1])
 
 
-@pytest.mark.parametrize(
-    ("last", "relative", "settled"), [(1.21, 0.0, True), (1.19, 0.0, False), (1.21, 0.05, False), (1.40, 0.05, True)]
-)
-def test_a_query_is_settled_when_no_other_row_can_be_nearer(last, relative, settled):
-    # the best is truly at 1.1 at most, and what looks like 1.2 may truly be at 1.1; 5 % each way make that 1.155 and 1.318
-    values = torch.tensor([[1.0, 1.05, 1.15, last]])
-    found = candidates.Candidates(values, torch.tensor([[4, 9, 2, 7]]), torch.tensor([0.1]), relative)
-    rows, _, done = flat.FlatBank(torch.zeros(20, 2), "torch")._settled(found, 1)
-    assert done.tolist() == [settled]
-    assert not settled or rows.tolist() == [[4, 9, 2]]
+def test_no_row_beyond_the_reach_can_be_nearer():
+    # the k-th is truly at 1.1 at most, and what looks like 1.2 may truly be at 1.1; 5 % each way make that 1.155 and 1.318
+    def reached(relative, limit=None):
+        return float(candidates.reach(torch.tensor([1.0]), torch.tensor([0.1]), relative, limit))
+
+    assert reached(0.0) == pytest.approx(1.2)
+    assert reached(0.05) == pytest.approx(((1 / 0.95) + 0.2) * 1.05)
+    assert reached(0.0, torch.tensor([0.5])) == pytest.approx(0.6)
+    assert reached(0.0, torch.tensor([torch.inf])) == pytest.approx(1.2)
 
 
 def test_backends_answer_alike(generator, way):

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 
 BLOCK = 4096  # bank rows of one matrix product: its operands and its result stay in a processor's cache
-GROUP = 16  # products that share one list of minima
+GROUP = 7  # products that share one list of minima; of 512 queries in bfloat16 less than the 32 MiB that malloc keeps
+FOLD = 4  # rows of one block that share a minimum
+SPARE = 24  # neighbours beyond k that faiss is asked for
+MOST = 512  # candidates beyond k, of one query, that are looked at; where there are more, more exact products are cheaper
 _PADDING = float("inf")  # "squared distance" of rows that fill up the last block
 _PARTS = {torch.bfloat16: 3, torch.float32: 1, torch.float64: 1}  # summands a squared norm is split into, exactly
 _RELATIVE = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22, torch.float64: 2.0**-51}  # rounding of the result, at least
@@ -22,19 +25,31 @@ _MATMUL_ROUNDING |= {"highest": 0.0, "high": _TF32, "medium": _BFLOAT16}  # torc
 
 
 class Candidates(NamedTuple):
-    """Rows of the bank that may be among the nearest, and how far to trust what is said of them.
+    """Pairs of a query and a bank row that may be among its nearest, in the order of the queries and of the bank.
 
-    A row that is left out has an approximate distance of at least the last value. The true squared distance lies within
-    `error` of the approximate one after that is taken from or to within a factor of 1 +- `relative`.
+    Of a query that is settled no other row can be among the k nearest. One that is not has no pairs.
     """
 
-    values: torch.Tensor  # float32 or float64 (n, c), approximate squared distances, ascending
-    rows: torch.Tensor  # int64 (n, c), their rows in the bank
-    error: torch.Tensor  # float32 or float64 (n,)
-    relative: float
+    queries: torch.Tensor  # int64 (P,)
+    rows: torch.Tensor  # int64 (P,)
+    settled: torch.Tensor  # bool (n,)
 
 
-Finder = Callable[[torch.Tensor, int], Candidates]  # (queries (n, D), c) -> the c best by approximate distance
+Finder = Callable[[torch.Tensor, int, "torch.Tensor | None"], Candidates]  # (queries (n, D), k, limit (n,))
+
+
+def reach(kth: torch.Tensor, error: torch.Tensor, relative: float, limit: torch.Tensor | None = None) -> torch.Tensor:
+    """Approximate squared distance (n,) beyond which no row is among the k nearest, or nearer than the limit.
+
+    Args:
+        kth: Float (n,): k rows have an approximate squared distance of at most this one.
+        error: Float (n,): a true squared distance lies within this of the approximate one, after that is taken from or to
+            within a factor of 1 +- `relative`.
+        relative: See there.
+        limit: Float (n,), squared distances from which rows are of no interest.
+    """
+    true = kth.clamp(min=0) / (1 - relative) + error
+    return ((true if limit is None else torch.minimum(true, limit)) + error) * (1 + relative)
 
 
 class ProductFinder:
@@ -54,7 +69,9 @@ class ProductFinder:
 
     def __init__(self, bank: Callable[[int, int], torch.Tensor], size: int, dtype: torch.dtype) -> None:
         self.bank, self.size, self.dtype = bank, size, dtype
-        self.width = min(BLOCK, size)
+        blocks = -(-size // BLOCK)
+        self.width = -(-size // (blocks * FOLD)) * FOLD  # blocks of one size, with little to fill up
+        self.relative = _RELATIVE[dtype]
         self.kept: dict[int, torch.Tensor] = {}
         self.bank_error = 0.0  # the largest rounding error of a row
         if dtype == torch.bfloat16:
@@ -63,39 +80,48 @@ class ProductFinder:
                 self.bank_error = max(self.bank_error, float(_rounding_error(rows, dtype).max()))
                 self.kept[start] = self._padded(rows)
 
-    def __call__(self, queries: torch.Tensor, count: int) -> Candidates:
-        """The `count` best rows; count <= M."""
-        operand = self._extended(queries, -2.0, ones_first=False)
-        best: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __call__(self, queries: torch.Tensor, k: int, limit: torch.Tensor | None = None) -> Candidates:
+        """Candidates for the k nearest; k <= M."""
+        operand, error = self.extended_queries(queries), self.error(queries)
+        bound, settled, pairs = torch.full_like(error, torch.inf), torch.ones_like(error, dtype=torch.bool), []
         with _added_in_float32(queries.device):
-            for start in range(0, self.size, self.width * GROUP):
-                found = self._of_group(operand, start, count)
-                both = found if best is None else tuple(torch.cat(pair, dim=1) for pair in zip(best, found, strict=True))
-                chosen = both[0].topk(min(count, both[0].shape[1]), dim=1, largest=False)
-                best = chosen.values, both[1].gather(1, chosen.indices)
-        assert best is not None, "a bank has rows"
-        lost = _rounding_error(queries, self.dtype)
-        norms = queries.norm(dim=1)
+            for first in range(0, self.size, self.width * GROUP):
+                products = self.products(operand, first)
+                if 8 * k > self.width:  # too few columns to tell the k nearest: each row a column of its own
+                    products = products.transpose(0, 1).flatten(1)[None]
+                minima = _minima(products, k)
+                bound = torch.minimum(bound, reach(_kth(minima, k).to(bound.dtype), error, self.relative, limit))
+                near = minima <= (bound * (1 + 2.0**-7)).to(minima.dtype)[:, None]  # rounded up
+                settled &= near.sum(dim=1) <= k + MOST
+                asked, column = near.nonzero(as_tuple=True)
+                asked, column = asked[settled[asked]], column[settled[asked]]
+                values = products.unflatten(2, (-1, minima.shape[1]))[:, asked, :, column].to(bound.dtype)
+                pair, block, fold = (values <= bound[asked, None, None]).nonzero(as_tuple=True)
+                rows = first + block * self.width + fold * minima.shape[1] + column[pair]
+                pairs.append((asked[pair], rows, values[pair, block, fold]))
+        asked, rows, values = (torch.cat(part) for part in zip(*pairs, strict=True))
+        within = values <= bound[asked]
+        return _in_order(asked[within], rows[within], settled & bound.isfinite(), k)
+
+    def error(self, queries: torch.Tensor) -> torch.Tensor:
+        """Float (n,): as of `reach`."""
+        lost, norms = _rounding_error(queries, self.dtype), queries.norm(dim=1)
         error = 2 * (lost + (norms + lost) * self.bank_error) + summing_error(queries)
         if self.dtype == torch.float32:
             error = error + 4 * _matmul_rounding(queries.device) * (norms + 1).square()
-        return Candidates(*best, error, _RELATIVE[self.dtype])
+        return error
 
-    def _of_group(self, operand: torch.Tensor, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and rows (n, <= count x GROUP) that hold the `count` best of up to BLOCK x GROUP bank rows.
-
-        The c smallest of a matrix lie in the c columns with the smallest minima; here a column is one place of every
-        block, and finding minima costs one pass over the products.
-        """
+    def products(self, operand: torch.Tensor, first: int) -> torch.Tensor:
+        """Approximate squared distances (blocks, n, width) of extended queries to up to BLOCK x GROUP bank rows."""
         starts = range(first, min(self.size, first + self.width * GROUP), self.width)
         products = operand.new_empty(len(starts), len(operand), self.width)
         for place, start in enumerate(starts):
             torch.mm(operand, self._block(start).T, out=products[place])
-        lowest = products.amin(dim=0).topk(min(count, self.width), dim=1, largest=False).indices
-        values = products.gather(2, lowest.expand(len(starts), -1, -1))
-        rows = torch.tensor(list(starts), device=lowest.device)[:, None, None] + lowest
-        wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        return tuple(part.transpose(0, 1).flatten(1) for part in (wide, rows))  # type: ignore[return-value]
+        return products
+
+    def extended_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """What `products` takes, in its precision, of float (n, D)."""
+        return self._extended(queries, -2.0, ones_first=False)
 
     def _block(self, start: int) -> torch.Tensor:
         return self.kept[start] if self.kept else self._padded(self.bank(start, start + self.width))
@@ -115,7 +141,7 @@ class ProductFinder:
         norms = torch.stack(parts, dim=1)
         pair = [torch.ones_like(norms), norms] if ones_first else [norms, torch.ones_like(norms)]
         width = rows.shape[1] + 2 * norms.shape[1]
-        filling = norms.new_zeros(len(rows), -width % 32)  # whole vector registers
+        filling = norms.new_zeros(len(rows), -width % 8)  # rows that begin at whole 16 bytes
         return torch.cat([rows.to(self.dtype) * factor, *pair, filling], dim=1)
 
 
@@ -132,11 +158,48 @@ class FaissFinder:
         self.index = faiss.IndexFlatL2(bank.shape[1])
         self.index.add(bank.cpu().numpy())
 
-    def __call__(self, queries: torch.Tensor, count: int) -> Candidates:
-        """The `count` best rows; count <= M."""
-        found = self.index.search(queries.cpu().numpy(), count)
-        values, rows = (torch.from_numpy(part).to(queries.device) for part in found)
-        return Candidates(values, rows, summing_error(queries), _RELATIVE[torch.float32])
+    def __call__(self, queries: torch.Tensor, k: int, limit: torch.Tensor | None = None) -> Candidates:
+        """Candidates for the k nearest; k <= M."""
+        error, relative, size = summing_error(queries), _RELATIVE[torch.float32], self.index.ntotal
+        settled, pairs = torch.zeros_like(error, dtype=torch.bool), []
+        for count in sorted({min(size, k + SPARE), min(size, k + MOST)}):
+            left = (~settled).nonzero()[:, 0]
+            found = self.index.search(queries[left].cpu().numpy(), count)
+            values, rows = (torch.from_numpy(part).to(queries.device) for part in found)
+            bound = reach(values[:, k - 1], error[left], relative, None if limit is None else limit[left])
+            done = (values[:, -1] > bound) | ((count == size) & bound.isfinite())
+            query, place = (done[:, None] & (values <= bound[:, None])).nonzero(as_tuple=True)
+            pairs.append((left[query], rows[query, place]))
+            settled[left[done]] = True
+        asked, rows = (torch.cat(part) for part in zip(*pairs, strict=True))
+        return _in_order(asked, rows, settled, k)
+
+
+def _minima(products: torch.Tensor, k: int) -> torch.Tensor:
+    """(n, C): the least of every column, each C-th bank row, of the products (blocks, n, width).
+
+    The k smallest minima are of k rows, so that no row beyond the last of them is wanted. Finding them costs one pass over
+    the products, and few columns make the rest cheap.
+    """
+    least = products[0] if len(products) == 1 else products.amin(dim=0)
+    folds = least.shape[1] % FOLD == 0 and 8 * k <= least.shape[1] // FOLD
+    return least.unflatten(1, (FOLD, -1)).amin(dim=1) if folds else least
+
+
+def _kth(minima: torch.Tensor, k: int) -> torch.Tensor:
+    """(n,), the k-th smallest of (n, C); infinity where there are fewer."""
+    if k > minima.shape[1]:
+        return torch.full_like(minima[:, 0], torch.inf)
+    return minima.topk(k, dim=1, largest=False).values[:, -1]
+
+
+def _in_order(asked: torch.Tensor, rows: torch.Tensor, settled: torch.Tensor, k: int) -> Candidates:
+    """Those of settled queries, of which any with too many pairs is none."""
+    settled = settled & (torch.bincount(asked, minlength=len(settled)) <= k + MOST)
+    kept = settled[asked]
+    asked, rows = asked[kept], rows[kept]
+    order = (asked * (int(rows.max()) + 1 if len(rows) else 1) + rows).argsort()
+    return Candidates(asked[order], rows[order], settled)
 
 
 def summing_error(queries: torch.Tensor) -> torch.Tensor:

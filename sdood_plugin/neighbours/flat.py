@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Literal
@@ -10,10 +9,9 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from .candidates import Candidates, FaissFinder, Finder, ProductFinder, multiplies_bfloat16
+from .candidates import FaissFinder, Finder, ProductFinder, multiplies_bfloat16
 
 Backend = Literal["auto", "torch", "faiss"]
-_SPARE = 24  # candidates beyond k; more are looked at where these do not settle it
 _PROBE = 64  # queries that show whether a precision is enough for features like these
 _MANY = 4096  # bank rows from which loading faiss pays
 
@@ -21,9 +19,8 @@ _MANY = 4096  # bank rows from which loading faiss pays
 class FlatBank:
     """All rows compared with every query.
 
-    Products in bfloat16, then in float32 and float64, give candidates and a bound of their error. A query whose k-th
-    candidate, errors included, is nearer than the last candidate is settled; of the others, more candidates are taken, and
-    what remains is searched by the definition.
+    Products in bfloat16, then in float32 and float64, give all rows that may be among the nearest by a bound of their error.
+    A query for which these are few is settled by their distances; what remains is searched by the definition.
 
     Args:
         features: float32 or float64 (M, D), M > 0, finite, on any device.
@@ -63,43 +60,41 @@ class FlatBank:
         rows = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
         chunk = query_chunk or (512 if queries.device.type == "cpu" else 4096)
         pending = torch.arange(len(queries), device=queries.device)
-        too_alike = None
-        for precision, count in self._attempts(k):
-            if precision == too_alike:
-                continue
+        for precision in self._precisions():
             finder, left = self._finder(precision), []
             parts = self._parts(pending, chunk, finder)
             for number, part in enumerate(parts):
-                found = finder(self._centred(queries[part], precision), count)
-                beyond = None if limit is None else (limit[part] * ((1 + 2.0**-20) / self._scale**2)).to(found.values.dtype)
-                near, within, settled = self._settled(found, k, beyond)
-                done = part[settled]
-                distances[done], rows[done] = self._ranked(queries[done], near[settled], within[settled], k)
-                left.append(part[~settled])
+                asked = self._centred(queries[part], precision)
+                beyond = None if limit is None else (limit[part] * ((1 + 2.0**-20) / self._scale**2)).to(asked.dtype)
+                found = finder(asked, k, beyond)
+                done = part[found.settled]
+                ranked = self._ranked(queries[part], found.queries, found.rows, k)
+                distances[done], rows[done] = (values[found.settled] for values in ranked)
+                left.append(part[~found.settled])
                 if precision != exact and number == 0 and 2 * len(done) < len(part):
                     left += parts[1:]
-                    too_alike = precision
                     break
             pending = torch.cat(left) if left else pending
             if not len(pending):
                 return distances, rows
         for part in pending.split(min(chunk, 256)):
-            near = self._by_definition(queries[part], k)
-            distances[part], rows[part] = self._ranked(queries[part], near, torch.ones_like(near, dtype=torch.bool), k)
+            near = self._by_definition(queries[part], k).sort(dim=1).values
+            asked = torch.arange(len(part), device=near.device).repeat_interleave(k)
+            distances[part], rows[part] = self._ranked(queries[part], asked, near.flatten(), k)
         return distances, rows
 
-    def _attempts(self, k: int) -> Iterator[tuple[torch.dtype, int]]:
-        """Precision of the products, and how many candidates to take, from the fastest to the most exact."""
-        counts = sorted({min(len(self), factor * (k + _SPARE)) for factor in (1, 16)})
+    def _precisions(self) -> list[torch.dtype]:
+        """Of the products, from the fastest to the most exact."""
         low = [torch.bfloat16] if self.backend != "faiss" and multiplies_bfloat16(self.features.device) else []
-        for precision in dict.fromkeys([*low, torch.float32, exact_dtype(self.features.device)]):
-            yield from ((precision, count) for count in counts)
+        return list(dict.fromkeys([*low, torch.float32, exact_dtype(self.features.device)]))
 
-    def _parts(self, pending: torch.Tensor, chunk: int, finder: Finder) -> tuple[torch.Tensor, ...]:
+    def _parts(self, pending: torch.Tensor, chunk: int, finder: Finder) -> list[torch.Tensor]:
         """Queries to search together: a few that show whether a precision will do; many for faiss, which has its own blocks."""
         if isinstance(finder, FaissFinder):
-            return pending.split(16 * chunk)
-        return (*pending[:_PROBE].split(chunk), *pending[_PROBE:].split(chunk))
+            chunk, probe = 16 * chunk, 0
+        else:
+            probe = _PROBE
+        return [part for some in (pending[:probe], pending[probe:]) for part in some.split(chunk) if len(part)]
 
     def _finder(self, precision: torch.dtype) -> Finder:
         """What finds candidates by products in that precision, made once."""
@@ -120,38 +115,27 @@ class FlatBank:
         wanted = torch.promote_types(precision, torch.float32)
         return (rows.to(torch.promote_types(rows.dtype, wanted)) - self.centre).div_(self._scale).to(wanted)
 
-    def _settled(
-        self, found: Candidates, k: int, limit: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows (n, c') and bool (n, c'), which of them may be among the k nearest; bool (n,): whether no other row can be."""
-        kth = found.values[:, k - 1].clamp(min=0) / (1 - found.relative) + found.error
-        if limit is not None:
-            kth = torch.minimum(kth, limit)
-        reach = (kth + found.error) * (1 + found.relative)
-        settled = found.values[:, -1] > reach
-        if found.values.shape[1] == len(self):
-            settled = reach.isfinite()
-        within = found.values <= reach[:, None]
-        width = max(k, int(within[settled].sum(dim=1).amax())) if settled.any() else k
-        return found.rows[:, :width], within[:, :width], settled
-
     def _ranked(
-        self, queries: torch.Tensor, candidates: torch.Tensor, within: torch.Tensor, k: int
+        self, queries: torch.Tensor, asked: torch.Tensor, candidates: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distances and rows (n, k) of the nearest of the candidates (n, c) that are `within` (n, c), by the definition."""
+        """Distances and rows (n, k) of the nearest by the definition, of pairs in order, int64 (P,) queries and (P,) rows.
+
+        Where there are fewer than k the last are row 0 at an infinite distance.
+        """
         queries = queries.to(exact_dtype(queries.device))
-        by_row = candidates.sort(dim=1)  # earlier rows first at equal distance
-        candidates, within = by_row.values, within.gather(1, by_row.indices)
         at_once = max(1, (1 << (17 if queries.device.type == "cpu" else 22)) // queries.shape[1])
         filling = (0, -queries.shape[1] % 4, 0)  # sums of one layout: the same bits for a pair wherever it stands
-        sums = []
-        for query, row in zip(*(part.split(at_once) for part in (within.nonzero()[:, 0], candidates[within])), strict=True):
+        sums = [queries.new_empty(0)]
+        for query, row in zip(asked.split(at_once), candidates.split(at_once), strict=True):
             differences = F.pad(queries[query] - self.features[row], (*filling, at_once - len(row)))
             sums.append(differences.square_().sum(dim=1)[: len(row)])
-        distances = torch.full_like(candidates, torch.inf, dtype=queries.dtype)
-        distances[within] = torch.cat(sums)
-        nearest = distances.sort(dim=1, stable=True)
-        return nearest.values[:, :k], candidates.gather(1, nearest.indices[:, :k])
+        counts = torch.bincount(asked, minlength=len(queries))
+        place = torch.arange(len(asked), device=asked.device) - (counts.cumsum(0) - counts)[asked]
+        distances = queries.new_full((len(queries), max(k, int(counts.max()))), torch.inf)
+        rows = torch.zeros_like(distances, dtype=torch.int64)
+        distances[asked, place], rows[asked, place] = torch.cat(sums), candidates
+        nearest = distances.sort(dim=1, stable=True)  # earlier rows first at equal distance
+        return nearest.values[:, :k], rows.gather(1, nearest.indices[:, :k])
 
     def _by_definition(self, queries: torch.Tensor, k: int, block: int = 4096) -> torch.Tensor:
         """int64 (n, k) rows: every distance summed from differences, for features that products cannot tell apart."""
