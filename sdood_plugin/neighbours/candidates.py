@@ -14,8 +14,9 @@ import torch
 BLOCK = 4096  # bank rows of one matrix product: its operands and its result stay in a processor's cache
 GROUP = 7  # products that share one list of minima; of 512 queries in bfloat16 less than the 32 MiB that malloc keeps
 FOLD = 4  # rows of one block that share a minimum
-SPARE = 24  # neighbours beyond k that faiss is asked for
-MOST = 512  # candidates beyond k, of one query, that are looked at; where there are more, more exact products are cheaper
+MOST = 512  # candidates beyond k, of one query, that are looked at
+SPARE = 24  # of these always; faiss is asked for no more at first
+WORTH = 64  # rows that are multiplied more exactly in the time that the distance to one takes
 _PADDING = float("inf")  # "squared distance" of rows that fill up the last block
 _PARTS = {torch.bfloat16: 3, torch.float32: 1, torch.float64: 1}  # summands a squared norm is split into, exactly
 _RELATIVE = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22, torch.float64: 2.0**-51}  # rounding of the result, at least
@@ -72,6 +73,7 @@ class ProductFinder:
         blocks = -(-size // BLOCK)
         self.width = -(-size // (blocks * FOLD)) * FOLD  # blocks of one size, with little to fill up
         self.relative = _RELATIVE[dtype]
+        self.most = MOST if dtype == torch.float64 else min(MOST, max(SPARE, size // WORTH))
         self.kept: dict[int, torch.Tensor] = {}
         self.bank_error = 0.0  # the largest rounding error of a row
         if dtype == torch.bfloat16:
@@ -91,8 +93,8 @@ class ProductFinder:
                     products = products.transpose(0, 1).flatten(1)[None]
                 minima = _minima(products, k)
                 bound = torch.minimum(bound, reach(_kth(minima, k).to(bound.dtype), error, self.relative, limit))
-                near = minima <= (bound * (1 + 2.0**-7)).to(minima.dtype)[:, None]  # rounded up
-                settled &= near.sum(dim=1) <= k + MOST
+                near = minima <= (bound * (1 + torch.finfo(minima.dtype).eps)).to(minima.dtype)[:, None]  # rounded up
+                settled &= near.sum(dim=1) <= k + self.most
                 asked, column = near.nonzero(as_tuple=True)
                 asked, column = asked[settled[asked]], column[settled[asked]]
                 values = products.unflatten(2, (-1, minima.shape[1]))[:, asked, :, column].to(bound.dtype)
@@ -101,7 +103,7 @@ class ProductFinder:
                 pairs.append((asked[pair], rows, values[pair, block, fold]))
         asked, rows, values = (torch.cat(part) for part in zip(*pairs, strict=True))
         within = values <= bound[asked]
-        return _in_order(asked[within], rows[within], settled & bound.isfinite(), k)
+        return _in_order(asked[within], rows[within], settled & bound.isfinite(), k + self.most)
 
     def error(self, queries: torch.Tensor) -> torch.Tensor:
         """Float (n,): as of `reach`."""
@@ -172,7 +174,7 @@ class FaissFinder:
             pairs.append((left[query], rows[query, place]))
             settled[left[done]] = True
         asked, rows = (torch.cat(part) for part in zip(*pairs, strict=True))
-        return _in_order(asked, rows, settled, k)
+        return _in_order(asked, rows, settled, size)
 
 
 def _minima(products: torch.Tensor, k: int) -> torch.Tensor:
@@ -193,9 +195,9 @@ def _kth(minima: torch.Tensor, k: int) -> torch.Tensor:
     return minima.topk(k, dim=1, largest=False).values[:, -1]
 
 
-def _in_order(asked: torch.Tensor, rows: torch.Tensor, settled: torch.Tensor, k: int) -> Candidates:
-    """Those of settled queries, of which any with too many pairs is none."""
-    settled = settled & (torch.bincount(asked, minlength=len(settled)) <= k + MOST)
+def _in_order(asked: torch.Tensor, rows: torch.Tensor, settled: torch.Tensor, most: int) -> Candidates:
+    """Those of settled queries, of which any with more pairs than `most` is none."""
+    settled = settled & (torch.bincount(asked, minlength=len(settled)) <= most)
     kept = settled[asked]
     asked, rows = asked[kept], rows[kept]
     order = (asked * (int(rows.max()) + 1 if len(rows) else 1) + rows).argsort()

@@ -24,7 +24,8 @@ def test_a_ratio_counts_what_both_prepare_for_the_task(task, monkeypatch):
 
     monkeypatch.setattr(neighbours_speed, "timed", timed)
     settings = argparse.Namespace(device="cpu", repeats=1)
-    rows = [row for row in neighbours_speed.case("clustered", 40, 400, 16, settings) if row["task"] == task]
+    drawn = neighbours_speed.drawn_features("clustered", 40, 400, 16)
+    rows = [row for row in neighbours_speed.case("clustered", *drawn, settings) if row["task"] == task]
     own = next(row for row in rows if row["method"] == "sdood")
     for name in ("faiss", "sklearn"):
         theirs = next(row for row in rows if row["method"] == name)
