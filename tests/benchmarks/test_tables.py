@@ -37,8 +37,12 @@ from sdood_plugin.artifacts import file_hash, read_csv, read_json, value_hash, w
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import CompareConfig, ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
+from sdood_plugin.detector.training import Labelled, train_detector
+from sdood_plugin.features import Backbone, extract, load_backbone
 from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.randomness import derive_seed
 from sdood_plugin.scoring.storage import load_score
+from sdood_plugin.training import Job
 
 from ..test_run import tiny_config
 
@@ -138,14 +142,13 @@ def test_the_demo_table_holds_every_comparator_and_reads_test_images_after_the_s
 
 def test_frozen_features_of_test_images_are_read_after_every_seed_is_fitted(tmp_path, monkeypatch):
     generator, counts = torch.Generator().manual_seed(0), {"cifar10_train": 200}
-    weights = tmp_path / "weights.safetensors"
-    write_text(weights, "of no network: every feature is there")
+    weights = _small_heads(tmp_path, monkeypatch)
     for name, imglist in features_cache.LISTS.items():
         count = counts.get(name, 30)
         lines = [f"{row}.png {row % 10}" for row in range(count)]
         write_text(tmp_path / "data" / "benchmark_imglist" / "cifar10" / imglist, "\n".join(lines))
         tensors = {
-            "features": torch.randn(count, 16, generator=generator),
+            "features": torch.randn(count, 128, generator=generator),
             "labels": torch.arange(count) % 10,
             "index": torch.arange(count),
         }
@@ -164,15 +167,39 @@ def test_frozen_features_of_test_images_are_read_after_every_seed_is_fitted(tmp_
 
     noted(features_cache, "read_tensors", lambda file: file.stem)
     noted(real_vit_tiny, "fit_score", lambda *_: "fit")
-    noted(real_vit_tiny, "train_heads", lambda *_: "train")
+    noted(real_vit_tiny, "train_parts", lambda *_: "train")
     monkeypatch.setattr(real_vit_tiny, "RESULTS", tmp_path)
     given = [str(tmp_path / "data"), "--weights", str(weights), "--cache", str(tmp_path / "cache")]
     rows = real_vit_tiny.main([*given, "--seeds", "0", "1", "--bank-sizes", "20"])
     tests = [number for number, event in enumerate(events) if event in ("cifar10_test", *real_vit_tiny.OODS)]
-    assert len(tests) == 3 and events[: tests[0]].count("fit") == 4 and not {"fit", "train"} & set(events[tests[0] :])
+    assert len(tests) == 3 and not {"fit", "train"} & set(events[tests[0] :])
+    assert events[: tests[0]].count("fit") == events[: tests[0]].count("train") == 4
     result = read_json(tmp_path / "real_vit_tiny.json")
     assert result["rows"] == rows and [one["seed"] for one in result["chosen"]] == [0, 1]
     assert {row["n_runs"] for row in result["paired"]} == {2}
+
+
+def _small_heads(folder, monkeypatch):
+    """Weights of a small backbone that the heads are trained on from now on."""
+    with torch.random.fork_rng():
+        write_tensors(folder / "weights.safetensors", Backbone("small_cnn").state_dict())
+    heads = dataclasses.replace(real_vit_tiny.HEADS, backbone="small_cnn", epochs=2, batch_size=16)
+    monkeypatch.setattr(real_vit_tiny, "HEADS", heads)
+    return folder / "weights.safetensors"
+
+
+def test_heads_on_kept_features_are_what_the_package_trains_on_the_images(tmp_path, monkeypatch, accelerator):
+    weights = _small_heads(tmp_path, monkeypatch)
+    images = torch.randint(256, (48, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inside, outliers = Labelled(images[:32], torch.arange(32) % 10), Labelled(images[32:], torch.arange(16) % 10)
+    backbone = load_backbone("small_cnn", weights)
+    kept = [real_vit_tiny.Labelled(extract(backbone, part.images, device=torch.device("cpu")), part.labels)
+            for part in (inside, outliers)]  # fmt: skip
+    config = dataclasses.replace(real_vit_tiny.HEADS, weights=str(weights))
+    job = Job(accelerator, tmp_path / "whole", derive_seed(3, "heads"))
+    whole, _ = train_detector(inside, outliers, None, config, job, classes=10)
+    for value, other in zip(real_vit_tiny.train_heads(*kept, weights, 3).parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-3)
 
 
 def test_outliers_are_held_out_with_the_images_they_are_made_of(tmp_path, monkeypatch):
