@@ -25,7 +25,7 @@ them before the score is fixed. Names ending in `-cosine` are a comparator's sco
 """
 OURS = {"DN2": "dn2", "MSCL": "mscl", "Multi-class AD": "multi-class", "Fake-it": "fake-it", "Ours": "sdood"}
 COLUMNS = (("cifar100",), ("svhn",), ("lsun-resize", "lsun-fix"))
-FIGURES = ("triplets", "tsne", "histograms", "noise-levels")  # a result's, beside the one of its own name
+FIGURES = ("triplets", "histograms", "noise-levels")  # a result's, beside the one of its own name
 NOT_YET = "not yet"
 ROOT = Path(__file__).parent.parent
 CLAIM_SEEDS = 3  # fewer say neither ahead nor behind

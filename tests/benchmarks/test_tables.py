@@ -37,6 +37,7 @@ from sdood_plugin.artifacts import file_hash, read_csv, read_json, value_hash, w
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import CompareConfig, ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
+from sdood_plugin.detector.network import load_network
 from sdood_plugin.detector.training import Labelled, train_detector
 from sdood_plugin.features import Backbone, extract, load_backbone
 from sdood_plugin.outliers.dataset import OutlierSet
@@ -313,13 +314,41 @@ def _cells(calls):
     return run_cells
 
 
+def test_early_and_late_are_moments_of_one_training_looked_at_after_the_score_is_fixed(place, reads):
+    if not (place / "table1-tiny-0").exists():
+        table1.main(["--size", "tiny", *FEW])
+    reads.clear()
+    rows = fig3.main([*SHARED, "--suffix=-two", "--detector.epochs", "10"])
+    result = read_json(place / "fig3-tiny-two.json")
+    assert reads and all(late for _, late in reads)
+    assert {(row["training"], row["epochs"]) for row in rows} == {("early", 1), ("late", 10)} and result["rows"] == rows
+    assert {row["loss_gap"] for row in rows if row["training"] == "early"} == {0.0}
+    found = {(row["training"], row["kind"]) for row in result["summary"] if "knn_acc" in row}
+    assert found == {(training, kind) for training in ("early", "late") for kind in ("digits6-9", "outliers")}
+    run = Context(read_config(place / "fig3-tiny-two-0" / "config.yaml"), place / "fig3-tiny-two-0")
+    trained = load_network(run.folder / "detector" / "detector.safetensors").state_dict()
+    early, late = (fig3.early_network(run, epochs)[0].state_dict() for epochs in (1, 10))
+    assert all(torch.equal(late[name], value) for name, value in trained.items())
+    assert not all(torch.equal(early[name], value) for name, value in trained.items())
+
+
+def test_neighbours_say_how_far_two_kinds_are_apart():
+    generator = torch.Generator().manual_seed(0)
+    points, shift = torch.randn(300, 4, generator=generator), torch.tensor([50.0, 0, 0, 0])
+    assert fig3.told_apart(points[:100], points[100:] + shift) == {"knn_acc": 100.0, "images": 100}
+    same = fig3.told_apart(points[:150], points[150:])
+    assert 35 < same["knn_acc"] < 65 and same["images"] == 150
+    twice = fig3.told_apart(points[:100], points[:100])  # every image's nearest is its copy of the other kind
+    assert twice["knn_acc"] < 50
+
+
 @pytest.mark.parametrize("script", [fig2, fig3])
 def test_a_figure_is_drawn_from_its_result_alone(place, script):
     name = script.__name__.removeprefix("benchmarks.")
     script.main(SHARED)
     figure = place.parent / "figures" / f"{name}-tiny.png"
     figure.unlink()
-    for folder in place.glob(f"{name}-tiny-*"):
+    for folder in place.glob(f"{name}-tiny-[0-9]"):
         shutil.rmtree(folder)
     script.draw(read_json(place / f"{name}-tiny.json"), read_options(name, "", ["--size", "tiny"]))
     assert figure.exists()
@@ -331,8 +360,8 @@ def test_a_table_script_has_no_way_to_images_but_a_run(script):
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert not names & {"load_images", "draw_demo", "load_dataset", "sources", "demo", "read_images"}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert "ood" not in attributes or script in ("fig3", "table1", "table1_openood")  # of the configuration, never of a Context
-    assert "Context" not in names or script in ("fig2", "table4")  # which take training images; table4 its ID test images
+    assert "ood" not in attributes or script in ("table1", "table1_openood")  # of the configuration, never of a Context
+    assert "Context" not in names or script in ("fig2", "fig3", "table4")  # which take training images; these two test images
 
 
 def test_absent_sets_are_named(tmp_path):
