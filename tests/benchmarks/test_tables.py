@@ -409,6 +409,15 @@ def test_the_readme_says_what_a_threshold_calls_ood():
     assert readme.decisions(rows).endswith("ID 5.0 +- 1.4, near 85.0 +- 7.1, far 100.0 +- 0.0.")
 
 
+def test_the_readme_says_how_far_kinds_are_apart_early_and_late():
+    assert readme.told_apart([{"training": "early", "kind": "id"}]) == ""
+    rows = [{"training": moment, "kind": "near", "seed": seed, "knn_acc": value} for moment, seed, value in
+            (("early", 0, 60.0), ("late", 0, 90.0), ("early", 1, 62.0), ("late", 1, 90.0))]  # fmt: skip
+    assert readme.told_apart(rows).endswith("in per cent: early, near 61.0 +- 1.4; late, near 90.0 +- 0.0.")
+    result = {"command": "x", "device": "cpu", "versions": {}, "seeds": [0, 1], "wall_s": 1, "rows": rows}
+    assert readme.told_apart(rows) in readme.section("fig3", result)
+
+
 def test_the_readme_shows_the_auroc_of_each_id_class():
     assert readme.by_class([]) == ""
     cells = [("near", 1, 0, 80.0), ("near", 1, 1, 90.0), ("far", 1, 0, 99.0), ("near", 0, 0, 70.0), ("far", 0, 0, 98.0)]
