@@ -1,6 +1,6 @@
 """Fig. 3: the detector's embedding early and late in its training, by t-SNE, and how far it holds the kinds apart.
 
-python -m benchmarks.fig3 --size cpu --start-from demo-hidden
+    python -m benchmarks.fig3 --size cpu --start-from demo-hidden        # the runs that benchmarks.demo leaves
 
 Late is a run's detector. Early is the same training after a tenth of its epochs, done again up to there: with the same seed and
 batches, and the learning rates of the whole. `loss_gap` is the largest difference of its losses from those the run has
