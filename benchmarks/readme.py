@@ -25,7 +25,7 @@ them before the score is fixed. Names ending in `-cosine` are a comparator's sco
 """
 OURS = {"DN2": "dn2", "MSCL": "mscl", "Multi-class AD": "multi-class", "Fake-it": "fake-it", "Ours": "sdood"}
 COLUMNS = (("cifar100",), ("svhn",), ("lsun-resize", "lsun-fix"))
-FIGURES = ("triplets", "tsne", "histograms", "noise-levels")  # a result's, beside the one of its own name
+FIGURES = ("triplets", "histograms", "noise-levels")  # a result's, beside the one of its own name
 NOT_YET = "not yet"
 ROOT = Path(__file__).parent.parent
 CLAIM_SEEDS = 3  # fewer say neither ahead nor behind
@@ -126,6 +126,7 @@ def section(name: str, result: dict[str, Any]) -> str:
         *pictures,
         table(result["rows"]),
         decisions(result["rows"]),
+        told_apart(result["rows"]),
         by_class(result.get("by_class", [])),
         *([chosen(result["chosen_settings"])] if result.get("chosen_settings") else []),
         *([savings(result["savings"])] if result.get("savings") else []),
@@ -145,6 +146,17 @@ def decisions(rows: Sequence[dict[str, Any]]) -> str:
     }
     said = ", ".join("{} {:.1f} +- {:.1f}".format(name, *mean_and_deviation(values)) for name, values in shares.items())
     return f"`sdood` calls OOD, at the threshold chosen on held-out images, in per cent: {said}."
+
+
+def told_apart(rows: Sequence[dict[str, Any]]) -> str:
+    """How far neighbours hold ID and each other kind apart early and late in a training, where that is recorded."""
+    told = [row for row in rows if "knn_acc" in row]
+    cells = {
+        (moment, kind): [row["knn_acc"] for row in told if (row["training"], row["kind"]) == (moment, kind)]
+        for moment, kind in dict.fromkeys((row["training"], row["kind"]) for row in told)
+    }
+    said = ["{}, {} {:.1f} +- {:.1f}".format(*names, *mean_and_deviation(values)) for names, values in cells.items()]
+    return f"Images whose neighbours are of their own kind, ID against another, in per cent: {'; '.join(said)}." if said else ""
 
 
 def by_class(rows: Sequence[dict[str, Any]], method: str = "both") -> str:

@@ -8,13 +8,13 @@ rows are pre-trained: the backbone has seen ImageNet with labels. The methods:
 - dn2, dn2-cosine: DN2's protocol, the two nearest training features; knn, mahalanobis, vim: pytorch-ood's; no outliers. msp,
   energy: of a linear classifier trained by cross-entropy.
 - sdood and sdood-*: three linear heads trained on the frozen features with outliers. The features and with them the
-  distance are the backbone's own, and g_in, which sees no outliers, is the classifier of msp and energy: only votes and
-  g_bin learn of the outliers. With `--outliers` those are images of an outlier set. Without, they are made in feature space,
-  means of the features of two images of different classes, which no image was generated for.
+  distance are the backbone's own, and g_in, which sees no outliers, learns what the classifier of msp and energy learns:
+  only votes and g_bin learn of the outliers. With `--outliers` those are images of an outlier set. Without, they are made in
+  feature space, means of the features of two images of different classes, which no image was generated for.
 - sdood, bank N: both banks reduced to N rows together by k-means.
 
-The heads' training is a short loop of this script (AdamW on fixed features, ID and outliers drawn with replacement, no
-controls), not `train_detector`: the rows say what three heads on given features do, not what the package's training does.
+The heads' training is the package's, with all blocks frozen and no augmentation (`HEADS`); the features kept stand for what
+`train_detector` computes once of the images and keeps in float16. There are no controls.
 
 True labels train the heads, mahalanobis and vim (the labelled protocol). Seeds decide which tenth of the training images, with
 the outliers made of them, is held out for alpha and the scale, the mixtures and the heads' first weights. Features of test
@@ -24,30 +24,35 @@ images are read when every seed is fitted.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from benchmarks.features_cache import BACKBONE, CACHE, TRAIN_IMAGES, cached_features, features_of, line_names
 from benchmarks.paired import add_pairs
 from benchmarks.record import RESULTS, mean_and_deviation, write_result
 from sdood_plugin.baselines.dn2 import knn_score
 from sdood_plugin.baselines.posthoc import posthoc_scores
-from sdood_plugin.config import ScoringConfig
+from sdood_plugin.config import DetectorConfig, RunConfig, ScoringConfig
 from sdood_plugin.data.images import ImageSet
-from sdood_plugin.detector.loss import three_head_loss
-from sdood_plugin.detector.network import Heads
+from sdood_plugin.decision import Detector
+from sdood_plugin.detector.batches import Labelled as Images
+from sdood_plugin.detector.batches import make_parts
+from sdood_plugin.detector.network import ThreeHeadNet
+from sdood_plugin.detector.training import new_network, train_parts
 from sdood_plugin.features import load_backbone
 from sdood_plugin.metrics import auroc_interval, detection_metrics
 from sdood_plugin.outliers.dataset import OutlierSet
 from sdood_plugin.randomness import derive_seed, step_generator
-from sdood_plugin.scoring.heads import head_scores
 from sdood_plugin.scoring.score import Score, fit_score
+from sdood_plugin.training import Job, make_accelerator
 
-CLASSES, EPOCHS, BATCH = 10, 30, 256
+CLASSES = 10
+HEADS = DetectorConfig(backbone=BACKBONE, frozen_blocks="all", augmentation="none", epochs=30, batch_size=256)
 OODS = ("cifar100", "tin")
 Scores = dict[str, list[torch.Tensor]]  # by method: of cifar10_test and of each of OODS
 
@@ -92,40 +97,20 @@ def mixtures(inside: Labelled, generator: torch.Generator) -> Labelled:
     return Labelled(blended[different], inside.labels[different])
 
 
-def train_heads(inside: Labelled, outliers: Labelled | None, seed: int) -> nn.Linear:
-    """g_bin, g_in and g_out in one linear layer; without outliers g_in alone learns, by cross-entropy."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "heads"))
-        layer = nn.Linear(inside.features.shape[1], 2 + 2 * CLASSES)
-    steps = EPOCHS * (len(inside.labels) // BATCH)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-3, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        generator = step_generator(seed, "heads", step)
-        drawn = [inside.part(torch.randint(len(inside.labels), (BATCH,), generator=generator))]
-        if outliers is not None:
-            drawn.append(outliers.part(torch.randint(len(outliers.labels), (BATCH // 2,), generator=generator)))
-        heads = split_heads(layer, torch.cat([part.features for part in drawn]))
-        labels = torch.cat([part.labels for part in drawn])
-        if outliers is None:
-            loss = nn.functional.cross_entropy(heads.inside, labels)
-        else:
-            loss = three_head_loss(heads, labels, torch.arange(len(labels)) >= BATCH, 1.0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return layer.requires_grad_(False)
+def train_heads(inside: Labelled, outliers: Labelled | None, weights: Path, seed: int) -> ThreeHeadNet:
+    """`train_detector` from the features on; without outliers g_in alone learns, by cross-entropy."""
+    config = dataclasses.replace(HEADS, weights=str(weights))
+    pools = [None if part is None else Images(part.features.half(), part.labels) for part in (inside, outliers)]
+    parts = make_parts(pools[0], None, pools[1], config.batch_size, (config.control_ratio, config.outlier_ratio))
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(make_accelerator(RunConfig(device="cpu")), Path(folder), derive_seed(seed, "heads"))
+        network = new_network(config, job, classes=CLASSES, image_size=32)
+        return train_parts(network, parts, config, job, half_way=True)[0].requires_grad_(False)
 
 
-def split_heads(layer: nn.Linear, features: torch.Tensor) -> Heads:
-    """What the three heads say."""
-    return Heads(features, *layer(features).split([2, CLASSES, CLASSES], dim=1))
-
-
-def scores_without_outliers(train: Labelled, layer: nn.Linear, tests: list[torch.Tensor]) -> Scores:
+def scores_without_outliers(train: Labelled, plain: ThreeHeadNet, tests: list[torch.Tensor]) -> Scores:
     """The comparators."""
-    classifier = layer.weight[2 : 2 + CLASSES], layer.bias[2 : 2 + CLASSES]
+    classifier = plain.g_in.weight, plain.g_in.bias
     methods = ("knn", "mahalanobis", "vim", "msp", "energy")
     return {
         "dn2": [knn_score(train.features, test) for test in tests],
@@ -134,14 +119,13 @@ def scores_without_outliers(train: Labelled, layer: nn.Linear, tests: list[torch
     }
 
 
-def scores_with_outliers(score: Score, layer: nn.Linear, tests: list[torch.Tensor]) -> Scores:
+def scores_with_outliers(score: Score, network: ThreeHeadNet, tests: list[torch.Tensor]) -> Scores:
     """Ours and its parts."""
+    detector = Detector(network, score, network.image_size)
     found: Scores = {}
     for test in tests:
-        distance, votes = score.terms(test)
-        heads = split_heads(layer, test)
-        g_bin = head_scores(heads.binary, heads.inside, heads.outside)["g_bin"]
-        for name, value in {"": score.combined(distance, votes), "-distance": distance, "-vote": votes, "-g_bin": g_bin}.items():
+        said = detector.verdicts_of(test)
+        for name, value in {"": said.score, "-distance": said.distance, "-vote": said.votes, "-g_bin": said.g_bin}.items():
             found.setdefault(f"sdood{name}", []).append(value)
     return found
 
@@ -150,8 +134,8 @@ class Fitted(NamedTuple):
     """What one seed has learnt and chosen; test images have no part in it."""
 
     train: Labelled
-    plain: nn.Linear  # heads trained without outliers
-    layer: nn.Linear  # heads trained with them
+    plain: ThreeHeadNet  # heads trained without outliers
+    network: ThreeHeadNet  # heads trained with them
     score: Score
     small: dict[int, Score]  # by bank size
 
@@ -164,7 +148,7 @@ class Fitted(NamedTuple):
 
     def scores(self, tests: list[torch.Tensor]) -> Scores:
         """Every method's scores of the test sets."""
-        found = scores_without_outliers(self.train, self.plain, tests) | scores_with_outliers(self.score, self.layer, tests)
+        found = scores_without_outliers(self.train, self.plain, tests) | scores_with_outliers(self.score, self.network, tests)
         for size, small in self.small.items():
             terms = [small.terms(test) for test in tests]
             found[f"sdood, bank {size}"] = [small.combined(*pair) for pair in terms]
@@ -173,10 +157,10 @@ class Fitted(NamedTuple):
 
     def accuracy(self, test: Labelled) -> float:
         """Per cent of images whose class g_in finds."""
-        return 100 * float((split_heads(self.layer, test.features).inside.argmax(dim=1) == test.labels).float().mean())
+        return 100 * float((self.network.g_in(test.features).argmax(dim=1) == test.labels).float().mean())
 
 
-def fit_seed(seed: int, whole: Labelled, made: OutlierFeatures | None, sizes: list[int]) -> Fitted:
+def fit_seed(seed: int, whole: Labelled, made: OutlierFeatures | None, sizes: list[int], weights: Path) -> Fitted:
     """Everything that is trained and chosen, from the training images alone."""
     order = torch.randperm(len(whole.labels), generator=torch.Generator().manual_seed(derive_seed(seed, "heldout")))
     heldout = torch.zeros(len(order), dtype=torch.bool)
@@ -189,8 +173,8 @@ def fit_seed(seed: int, whole: Labelled, made: OutlierFeatures | None, sizes: li
     given = (train.features, outliers.features, held.features, held_outliers.features)
     kinds = {"outlier_classes": outliers.labels, "heldout_classes": held_outliers.labels}
     small = {size: fit_score(*given, ScoringConfig(bank_size=size), **kinds) for size in sizes}
-    layers = train_heads(train, None, seed), train_heads(train, outliers, seed)
-    return Fitted(train, *layers, fit_score(*given, ScoringConfig(), **kinds), small)
+    networks = [train_heads(train, told, weights, seed) for told in (None, outliers)]
+    return Fitted(train, *networks, fit_score(*given, ScoringConfig(), **kinds), small)
 
 
 class OutlierFeatures:
@@ -243,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     (kept,) = read(["cifar10_train"])
     whole, names = Labelled.of(kept), line_names(settings.data_root, "cifar10_train", kept["index"])
     made = OutlierFeatures(settings.outliers, names, settings.weights, settings.device) if settings.outliers else None
-    fitted = [fit_seed(seed, whole, made, settings.bank_sizes) for seed in settings.seeds]
+    fitted = [fit_seed(seed, whole, made, settings.bank_sizes, settings.weights) for seed in settings.seeds]
     tests = [Labelled.of(kept) for kept in read(["cifar10_test", *OODS])]
     kind = "images of an outlier set" if made else "feature-space mixtures of two classes"
     rows: list[dict[str, Any]] = []
@@ -252,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     facts: dict[str, Any] = {"data": counts, "chosen": []}
     pairs = []
     config = {key: value for key, value in vars(settings).items() if key not in ("cache", "suffix")}
+    config["heads"] = dataclasses.asdict(HEADS)
     name, where = f"real_vit_tiny{settings.suffix}", {"device": settings.device, "data_root": settings.data_root}
     for number, (seed, learnt) in enumerate(zip(settings.seeds, fitted, strict=True), 1):
         found = learnt.scores([test.features for test in tests])

@@ -112,7 +112,8 @@ def write_result(
     return path
 
 
-FIGURES = ("auroc", "aupr", "fpr95", "fid", "fd", "flip_rate", "stay_rate", "acc", "nmi", "ari", "images_per_s", "ratio")
+FIGURES = ("auroc", "aupr", "fpr95", "fid", "fd", "flip_rate", "stay_rate", "acc", "nmi", "ari", "knn_acc", "images_per_s",
+           "ratio")  # fmt: skip
 CELLS = ("start_fraction", "guidance_weight", "limit")  # numbers that tell rows apart, as every text does
 
 

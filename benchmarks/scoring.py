@@ -1,4 +1,4 @@
-"""Which part of the score tells: distance, vote, both, g_bin, MSP, energy; how alpha is best chosen; t-SNE early and late.
+"""Which part of the score tells: distance, vote, both, g_bin, MSP, energy; how alpha is best chosen.
 
     python -m benchmarks.demo --labels hidden        # leaves the runs that are read when none are named
     python -m benchmarks.scoring [RUN ...]
@@ -6,22 +6,15 @@
 Every run's detector scores its own test sets. `by_class` in the result is the AUROC of an OOD set against the ID test images
 of one true class; `chosen` is what held-out data decided in each run. The rows `both, alpha by ...` choose alpha in other
 ways: on `outliers` as they come against images, with their own `classes` left out of the bank, against images and `controls`,
-or (the score's own way) both. For the figure (Fig. 3 of the paper) the first run's detector is trained again for
-`--early-epochs`, with the learning rate falling to 0 in that time, and its features stand beside those of the run's own. A
-second figure has the scores that the first run's evaluation wrote of each test set, and its threshold.
+or (the score's own way) both. The figure has the scores that the first run's evaluation wrote of each test set, and its
+threshold.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import nn
 
 from benchmarks.record import RESULTS, mean_and_deviation, write_result
 from sdood_plugin import Detector, stages
@@ -29,7 +22,6 @@ from sdood_plugin.artifacts import atomic_path, read_json
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import as_dict
 from sdood_plugin.context import Context
-from sdood_plugin.data.images import spread
 from sdood_plugin.evaluation import TestSets, method_rows, read_tests
 from sdood_plugin.features import extract
 from sdood_plugin.metrics import detection_metrics
@@ -38,8 +30,6 @@ from sdood_plugin.scoring.score import fit_score
 ROOT = Path(__file__).parent.parent
 HEADS = ("g_bin", "msp", "energy", "g_out")
 PARTS = {"score": "both", "distance": "distance", "votes": "vote", **dict(zip(HEADS, HEADS, strict=True))}
-POINTS = 200  # of each set in the figure
-COLOURS = {"id": "#2b6cb0", "outliers": "#d69e2e"}
 RULES = {  # how alpha is chosen -> what of the held-out data is not told
     "outliers": ("outlier_classes", "heldout_classes", "heldout_controls"),
     "classes": ("heldout_controls",),
@@ -47,7 +37,6 @@ RULES = {  # how alpha is chosen -> what of the held-out data is not told
     "classes and controls": (),
 }
 FINISHED = ("detector/score.json", "evaluation/scores-id.csv")  # what is there of a run that can be read
-OOD_COLOURS = ("#c53030", "#805ad5", "#dd6b20", "#744210")
 
 
 def arguments() -> argparse.Namespace:
@@ -55,7 +44,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0])
     default = [ROOT / "runs" / "benchmarks" / f"demo-hidden-{seed}" for seed in range(3)]
     parser.add_argument("runs", type=Path, nargs="*", default=default, help="run folders of `sdood run`, one a seed")
-    parser.add_argument("--early-epochs", type=int, default=1)
     parser.add_argument("--suffix", default="")
     parser.add_argument("--note", help="a sentence to stand in the result")
     return parser.parse_args()
@@ -100,72 +88,6 @@ def alphas(run: Context, tests: TestSets) -> tuple[list[dict[str, Any]], dict[st
     return rows, found
 
 
-def early_network(run: Context, epochs: int) -> nn.Module:
-    """The run's detector after a training of so few epochs."""
-    short = dataclasses.replace(run.config, detector=dataclasses.replace(run.config.detector, epochs=epochs))
-    again = Context(short, run.folder)
-    with tempfile.TemporaryDirectory() as folder:
-        made = [stages.read_outliers(again, name, ~again.heldout) for name in ("outliers", "controls")]
-        return stages.train_network(again, Path(folder), f"early {epochs}", "early", *made)
-
-
-def some(rows: torch.Tensor) -> torch.Tensor:
-    """Those that the figure shows."""
-    return rows[spread(len(rows), min(len(rows), POINTS))]
-
-
-def places(features: dict[str, torch.Tensor], normalise: bool) -> dict[str, list[list[float]]]:
-    """t-SNE of the features (N, D) of all sets together, as the score sees them: [x, y] of each image by set."""
-    from sklearn.manifold import TSNE
-
-    found = {name: values.cpu().numpy() for name, values in features.items()}
-    points = np.concatenate(list(found.values()))
-    if normalise:
-        points /= np.linalg.norm(points, axis=1, keepdims=True).clip(1e-12)
-    flat = TSNE(random_state=0, init="pca", perplexity=min(30, len(points) // 4)).fit_transform(points)
-    ends = np.cumsum([len(values) for values in found.values()])[:-1]
-    return {name: np.round(part, 2).tolist() for name, part in zip(found, np.split(flat, ends), strict=True)}
-
-
-def early_and_late(run: Context, tests: TestSets, epochs: int) -> dict[str, Any]:
-    """Places of ID test images, near OOD images and outliers under both networks."""
-    sets = {
-        name: images.images for name, group, images in zip(tests.names, tests.groups, tests.sets, strict=True) if group != "far"
-    }
-    outliers = stages.read_outliers(run, "outliers", ~run.heldout)
-    if outliers is not None:
-        sets["outliers"] = outliers.images
-    networks = {epochs: early_network(run, epochs), run.config.detector.epochs: Detector.load(run.folder).network}
-    panels = []
-    for done, network in networks.items():
-        device = next(network.parameters()).device
-        features = {name: extract(network.backbone, some(images), device=device) for name, images in sets.items()}
-        panels.append({"epochs": done, "sets": places(features, run.config.scoring.normalise)})
-    return {"seed": run.config.seed, "panels": panels}
-
-
-def draw_panels(figure: Any, panels: list[dict[str, Any]]) -> None:
-    """The places of every set, a panel an age of the detector."""
-    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        spare = iter(OOD_COLOURS * len(panel["sets"]))
-        for name, points in panel["sets"].items():
-            across, up = zip(*points, strict=True)
-            axes.scatter(across, up, s=6, alpha=0.7, label="ID" if name == "id" else name, color=COLOURS.get(name) or next(spare))
-        axes.set(xticks=[], yticks=[], title=f"after {panel['epochs']} epoch{'s' * (panel['epochs'] > 1)}")
-    figure.legend(*axes.get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False, markerscale=2)
-
-
-def draw(file: Path, figure_file: Path) -> None:
-    """The figure, from the JSON alone."""
-    from matplotlib.figure import Figure
-
-    panels = read_json(file)["tsne"]["panels"]
-    figure = Figure(figsize=(4.5 * len(panels), 4.2))
-    draw_panels(figure, panels)
-    with atomic_path(figure_file) as temporary:
-        figure.savefig(temporary, bbox_inches="tight", dpi=130)
-
-
 def draw_scores(folder: Path, figure_file: Path) -> None:
     """The score of each test set and the threshold, from what the run's evaluation wrote."""
     from sdood_plugin.report.figures import score_histogram
@@ -198,10 +120,7 @@ def main() -> None:
         seeds.append(run.config.seed)
         facts["data"] = {"train": len(run.train), **dict(zip(tests.names, map(len, tests.sets), strict=True))}
         write_result(name, configs, seeds, rows, facts, device=run.config.device)
-    figures = RESULTS.parent / "figures"
-    draw_scores(settings.runs[0], figures / f"{name}-histograms.png")
-    facts["tsne"] = early_and_late(*opened(settings.runs[0]), settings.early_epochs)
-    draw(write_result(name, configs, seeds, rows, facts, device=run.config.device), figures / f"{name}-tsne.png")
+    draw_scores(settings.runs[0], RESULTS.parent / "figures" / f"{name}-histograms.png")
     oods = list(dict.fromkeys(row["ood"] for row in rows))
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [mean_and_deviation([r["auroc"] for r in rows if r["method"] == method and r["ood"] == ood]) for ood in oods]

@@ -250,9 +250,17 @@ def calibrate(run: Context, folder: Path, key: str) -> None:
 
 
 def train_network(
-    run: Context, folder: Path, key: str, name: str, outliers: Labelled | None, controls: Labelled | None, loss: Any = None
+    run: Context,
+    folder: Path,
+    key: str,
+    name: str,
+    outliers: Labelled | None,
+    controls: Labelled | None,
+    loss: Any = None,
+    *,
+    stop_after: int | None = None,
 ) -> ThreeHeadNet:
-    """Train a network on all but the held-out images; weights and losses go to `folder` under `name`."""
+    """Train a network on all but the held-out images, as `train_detector`; weights and losses go to `folder` under `name`."""
     labels, kept = run.labels, ~run.heldout
     network, history = train_detector(
         Labelled(run.train.images[kept], labels.labels[kept]),
@@ -263,6 +271,7 @@ def train_network(
         classes=labels.classes,
         name=name,
         loss=loss,
+        stop_after=stop_after,
     )
     if run.is_main:
         save_network(folder / f"{name}.safetensors", network)

@@ -88,9 +88,10 @@ def make_parts(
         inside: In-distribution images.
         controls: Count as in-distribution.
         outliers: Count as outliers.
-        batch_size: In-distribution images a step.
+        batch_size: In-distribution images a step, all of them where they are fewer.
         ratios: Controls and outliers a step, as shares of `batch_size`; above 0 it is at least one.
     """
+    batch_size = min(batch_size, len(inside.images))
     parts = [Part(*inside, batch_size, False)]
     for extra, ratio, is_outlier in ((controls, ratios[0], False), (outliers, ratios[1], True)):
         if extra is not None and len(extra.images) and ratio > 0:

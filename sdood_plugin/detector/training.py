@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ def train_detector(
     classes: int,
     name: str = "detector",
     loss: Loss | None = None,
+    stop_after: int | None = None,
 ) -> tuple[ThreeHeadNet, dict[str, list[float]]]:
     """Train the three heads on batches that hold ID images, controls (as ID) and outliers together.
 
@@ -47,6 +47,7 @@ def train_detector(
         classes: C.
         name: Name on the progress bar.
         loss: Replaces the three-head loss.
+        stop_after: Epochs to stop after, with the network as the whole training has it then: the schedule stays that of all.
 
     Returns:
         The network in evaluation mode on the accelerator's device, and each step's losses.
@@ -54,31 +55,56 @@ def train_detector(
     Raises:
         UsageError: The processes' shares of a step would differ in size.
     """
-    accelerator, device = job.accelerator, job.device
     there = {"controls": bool(controls and len(controls.images)), "outliers": bool(outliers and len(outliers.images))}
-    require_even_shares(config, len(inside.images), accelerator.num_processes, **there)
-    build = partial(_build, config, classes, inside.images.shape[-1])
-    network = place(initialised(build, derive_seed(job.seed, "detector-init")), device)
-    batch_size = min(config.batch_size, len(inside.images))
-    steps = config.epochs * (len(inside.images) // batch_size)
-    parts = make_parts(inside, controls, outliers, batch_size, (config.control_ratio, config.outlier_ratio))
-    cached = _cached(network.backbone, parts, config, accelerator)
-    pools = cached or [part._replace(inputs=part.inputs.to(device)) for part in parts]
-    batches = Batches([part._replace(labels=part.labels.to(device)) for part in pools], job.seed, accelerator)
+    require_even_shares(config, len(inside.images), job.accelerator.num_processes, **there)
+    network = new_network(config, job, classes=classes, image_size=inside.images.shape[-1])
+    parts = make_parts(inside, controls, outliers, config.batch_size, (config.control_ratio, config.outlier_ratio))
+    cached = _cached(network.backbone, parts, config, job.accelerator)
+    return train_parts(network, cached or parts, config, job, half_way=bool(cached), name=name, loss=loss, stop_after=stop_after)
+
+
+def new_network(config: DetectorConfig, job: Job, *, classes: int, image_size: int) -> ThreeHeadNet:
+    """The network a training starts from, on its device; what is random in it is drawn from the job's seed."""
+
+    def build() -> ThreeHeadNet:
+        backbone = load_backbone(config.backbone, config.weights, pooling=config.pooling, input_size=config.input_size)
+        backbone.freeze(config.frozen_blocks)
+        return ThreeHeadNet(backbone, classes, image_size)
+
+    return place(initialised(build, derive_seed(job.seed, "detector-init")), job.device)
+
+
+def train_parts(
+    network: ThreeHeadNet,
+    parts: Sequence[Part],
+    config: DetectorConfig,
+    job: Job,
+    *,
+    half_way: bool,
+    name: str = "detector",
+    loss: Loss | None = None,
+    stop_after: int | None = None,
+) -> tuple[ThreeHeadNet, dict[str, list[float]]]:
+    """`train_detector` from the network and its pools on: those of `make_parts`, or `half_way` of `frozen_outputs`."""
+    accelerator, device = job.accelerator, job.device
+    pools = [part._replace(inputs=part.inputs.to(device), labels=part.labels.to(device)) for part in parts]
+    batches = Batches(pools, job.seed, accelerator)
+    epoch = len(parts[0].labels) // parts[0].per_batch
     loss = loss or (_three_heads(config) if batches.has_outliers else _cross_entropy(config))
     average = _average(network, config)
-    descent = Descent(network, make_optimizer(network, config), steps, accelerator, warmup_fraction=config.warmup_fraction)
+    optimizer = make_optimizer(network, config)
+    descent = Descent(network, optimizer, config.epochs * epoch, accelerator, warmup_fraction=config.warmup_fraction)
     if config.compile:
         descent.wrapped.compile(dynamic=False)  # in place, as the U-Net
 
     def step(index: int) -> dict[str, torch.Tensor]:
         inputs, labels, flags = batches.draw(index)
-        if not cached:
+        if not half_way:
             generator = job.generator("detector", index)
             inputs = training_view(inputs, generator, config.augmentation)
             inputs = to_unit(inputs).contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
-            heads = descent.wrapped(inputs.float(), half_way=bool(cached))
+            heads = descent.wrapped(inputs.float(), half_way=half_way)
         values = loss(heads, labels, flags)
         descent(values["loss"])
         if average is not None:
@@ -88,19 +114,13 @@ def train_detector(
     state: dict[str, Stateful] = {**descent.state, **({} if average is None else {"average": average})}
     history = train_steps(
         step,
-        steps,
+        epoch * (config.epochs if stop_after is None else stop_after),
         state,
         job,
         name=name,
     )
     trained: ThreeHeadNet = network if average is None else average.module
     return trained.eval(), history
-
-
-def _build(config: DetectorConfig, classes: int, image_size: int) -> ThreeHeadNet:
-    backbone = load_backbone(config.backbone, config.weights, pooling=config.pooling, input_size=config.input_size)
-    backbone.freeze(config.frozen_blocks)
-    return ThreeHeadNet(backbone, classes, image_size)
 
 
 def _cached(backbone: Backbone, parts: list[Part], config: DetectorConfig, accelerator: Accelerator) -> list[Part] | None:

@@ -156,7 +156,7 @@ def test_the_next_item_is_the_first_that_is_missing_and_fits(tmp_path):
         ("speed: detector", 3),
         ("table 2", 30),
         ("table 3", 10),
-        ("figure 3", 2),
+        ("figure 3, seed 0", 2),
         ("frozen ViT-Tiny", 6),
         ("ViT-Tiny, fine-tuned", 18),
         ("selection", 18),

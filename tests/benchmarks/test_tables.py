@@ -37,8 +37,13 @@ from sdood_plugin.artifacts import file_hash, read_csv, read_json, value_hash, w
 from sdood_plugin.cli import read_config
 from sdood_plugin.config import CompareConfig, ImagesConfig, OODConfig, RunConfig, as_dict
 from sdood_plugin.context import Context
+from sdood_plugin.detector.network import load_network
+from sdood_plugin.detector.training import Labelled, train_detector
+from sdood_plugin.features import Backbone, extract, load_backbone
 from sdood_plugin.outliers.dataset import OutlierSet
+from sdood_plugin.randomness import derive_seed
 from sdood_plugin.scoring.storage import load_score
+from sdood_plugin.training import Job
 
 from ..test_run import tiny_config
 
@@ -138,14 +143,13 @@ def test_the_demo_table_holds_every_comparator_and_reads_test_images_after_the_s
 
 def test_frozen_features_of_test_images_are_read_after_every_seed_is_fitted(tmp_path, monkeypatch):
     generator, counts = torch.Generator().manual_seed(0), {"cifar10_train": 200}
-    weights = tmp_path / "weights.safetensors"
-    write_text(weights, "of no network: every feature is there")
+    weights = _small_heads(tmp_path, monkeypatch)
     for name, imglist in features_cache.LISTS.items():
         count = counts.get(name, 30)
         lines = [f"{row}.png {row % 10}" for row in range(count)]
         write_text(tmp_path / "data" / "benchmark_imglist" / "cifar10" / imglist, "\n".join(lines))
         tensors = {
-            "features": torch.randn(count, 16, generator=generator),
+            "features": torch.randn(count, 128, generator=generator),
             "labels": torch.arange(count) % 10,
             "index": torch.arange(count),
         }
@@ -164,15 +168,39 @@ def test_frozen_features_of_test_images_are_read_after_every_seed_is_fitted(tmp_
 
     noted(features_cache, "read_tensors", lambda file: file.stem)
     noted(real_vit_tiny, "fit_score", lambda *_: "fit")
-    noted(real_vit_tiny, "train_heads", lambda *_: "train")
+    noted(real_vit_tiny, "train_parts", lambda *_: "train")
     monkeypatch.setattr(real_vit_tiny, "RESULTS", tmp_path)
     given = [str(tmp_path / "data"), "--weights", str(weights), "--cache", str(tmp_path / "cache")]
     rows = real_vit_tiny.main([*given, "--seeds", "0", "1", "--bank-sizes", "20"])
     tests = [number for number, event in enumerate(events) if event in ("cifar10_test", *real_vit_tiny.OODS)]
-    assert len(tests) == 3 and events[: tests[0]].count("fit") == 4 and not {"fit", "train"} & set(events[tests[0] :])
+    assert len(tests) == 3 and not {"fit", "train"} & set(events[tests[0] :])
+    assert events[: tests[0]].count("fit") == events[: tests[0]].count("train") == 4
     result = read_json(tmp_path / "real_vit_tiny.json")
     assert result["rows"] == rows and [one["seed"] for one in result["chosen"]] == [0, 1]
     assert {row["n_runs"] for row in result["paired"]} == {2}
+
+
+def _small_heads(folder, monkeypatch):
+    """Weights of a small backbone that the heads are trained on from now on."""
+    with torch.random.fork_rng():
+        write_tensors(folder / "weights.safetensors", Backbone("small_cnn").state_dict())
+    heads = dataclasses.replace(real_vit_tiny.HEADS, backbone="small_cnn", epochs=2, batch_size=16)
+    monkeypatch.setattr(real_vit_tiny, "HEADS", heads)
+    return folder / "weights.safetensors"
+
+
+def test_heads_on_kept_features_are_what_the_package_trains_on_the_images(tmp_path, monkeypatch, accelerator):
+    weights = _small_heads(tmp_path, monkeypatch)
+    images = torch.randint(256, (48, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inside, outliers = Labelled(images[:32], torch.arange(32) % 10), Labelled(images[32:], torch.arange(16) % 10)
+    backbone = load_backbone("small_cnn", weights)
+    kept = [real_vit_tiny.Labelled(extract(backbone, part.images, device=torch.device("cpu")), part.labels)
+            for part in (inside, outliers)]  # fmt: skip
+    config = dataclasses.replace(real_vit_tiny.HEADS, weights=str(weights))
+    job = Job(accelerator, tmp_path / "whole", derive_seed(3, "heads"))
+    whole, _ = train_detector(inside, outliers, None, config, job, classes=10)
+    for value, other in zip(real_vit_tiny.train_heads(*kept, weights, 3).parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-3)
 
 
 def test_outliers_are_held_out_with_the_images_they_are_made_of(tmp_path, monkeypatch):
@@ -286,13 +314,41 @@ def _cells(calls):
     return run_cells
 
 
+def test_early_and_late_are_moments_of_one_training_looked_at_after_the_score_is_fixed(place, reads):
+    if not (place / "table1-tiny-0").exists():
+        table1.main(["--size", "tiny", *FEW])
+    reads.clear()
+    rows = fig3.main([*SHARED, "--suffix=-two", "--detector.epochs", "10"])
+    result = read_json(place / "fig3-tiny-two.json")
+    assert reads and all(late for _, late in reads)
+    assert {(row["training"], row["epochs"]) for row in rows} == {("early", 1), ("late", 10)} and result["rows"] == rows
+    assert {row["loss_gap"] for row in rows if row["training"] == "early"} == {0.0}
+    found = {(row["training"], row["kind"]) for row in result["summary"] if "knn_acc" in row}
+    assert found == {(training, kind) for training in ("early", "late") for kind in ("digits6-9", "outliers")}
+    run = Context(read_config(place / "fig3-tiny-two-0" / "config.yaml"), place / "fig3-tiny-two-0")
+    trained = load_network(run.folder / "detector" / "detector.safetensors").state_dict()
+    early, late = (fig3.early_network(run, epochs)[0].state_dict() for epochs in (1, 10))
+    assert all(torch.equal(late[name], value) for name, value in trained.items())
+    assert not all(torch.equal(early[name], value) for name, value in trained.items())
+
+
+def test_neighbours_say_how_far_two_kinds_are_apart():
+    generator = torch.Generator().manual_seed(0)
+    points, shift = torch.randn(300, 4, generator=generator), torch.tensor([50.0, 0, 0, 0])
+    assert fig3.told_apart(points[:100], points[100:] + shift) == {"knn_acc": 100.0, "images": 100}
+    same = fig3.told_apart(points[:150], points[150:])
+    assert 35 < same["knn_acc"] < 65 and same["images"] == 150
+    twice = fig3.told_apart(points[:100], points[:100])  # every image's nearest is its copy of the other kind
+    assert twice["knn_acc"] < 50
+
+
 @pytest.mark.parametrize("script", [fig2, fig3])
 def test_a_figure_is_drawn_from_its_result_alone(place, script):
     name = script.__name__.removeprefix("benchmarks.")
     script.main(SHARED)
     figure = place.parent / "figures" / f"{name}-tiny.png"
     figure.unlink()
-    for folder in place.glob(f"{name}-tiny-*"):
+    for folder in place.glob(f"{name}-tiny-[0-9]"):
         shutil.rmtree(folder)
     script.draw(read_json(place / f"{name}-tiny.json"), read_options(name, "", ["--size", "tiny"]))
     assert figure.exists()
@@ -304,8 +360,9 @@ def test_a_table_script_has_no_way_to_images_but_a_run(script):
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert not names & {"load_images", "draw_demo", "load_dataset", "sources", "demo", "read_images"}
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert "ood" not in attributes or script in ("fig3", "table1", "table1_openood")  # of the configuration, never of a Context
-    assert "Context" not in names or script in ("fig2", "table4")  # which take training images; table4 its ID test images
+    assert "ood" not in attributes or script in ("table1", "table1_openood")  # of the configuration, never of a Context
+    # fig2 takes training images, table4 its ID test images, fig3 those of a run that is evaluated
+    assert "Context" not in names or script in ("fig2", "fig3", "table4")
 
 
 def test_absent_sets_are_named(tmp_path):
@@ -351,6 +408,15 @@ def test_the_readme_says_what_a_threshold_calls_ood():
     shares = [("near", 4.0, 80.0), ("far", 4.0, 100.0), ("near", 6.0, 90.0), ("far", 6.0, 100.0)]
     rows = [{"ood": name, "called_id": inside, "called_ood": outside} for name, inside, outside in shares]
     assert readme.decisions(rows).endswith("ID 5.0 +- 1.4, near 85.0 +- 7.1, far 100.0 +- 0.0.")
+
+
+def test_the_readme_says_how_far_kinds_are_apart_early_and_late():
+    assert readme.told_apart([{"training": "early", "kind": "id"}]) == ""
+    rows = [{"training": moment, "kind": "near", "seed": seed, "knn_acc": value} for moment, seed, value in
+            (("early", 0, 60.0), ("late", 0, 90.0), ("early", 1, 62.0), ("late", 1, 90.0))]  # fmt: skip
+    assert readme.told_apart(rows).endswith("in per cent: early, near 61.0 +- 1.4; late, near 90.0 +- 0.0.")
+    result = {"command": "x", "device": "cpu", "versions": {}, "seeds": [0, 1], "wall_s": 1, "rows": rows}
+    assert readme.told_apart(rows) in readme.section("fig3", result)
 
 
 def test_the_readme_shows_the_auroc_of_each_id_class():

@@ -14,15 +14,15 @@ from sdood_plugin.artifacts import write_tensors
 from sdood_plugin.config import DetectorConfig
 from sdood_plugin.data.images import to_unit
 from sdood_plugin.detector import training
-from sdood_plugin.detector.batches import Labelled
+from sdood_plugin.detector.batches import Labelled, make_parts
 from sdood_plugin.detector.network import ThreeHeadNet, load_network, save_network
-from sdood_plugin.detector.training import make_optimizer, train_detector
+from sdood_plugin.detector.training import make_optimizer, new_network, train_detector, train_parts
 from sdood_plugin.errors import RunError, UsageError
-from sdood_plugin.features import Backbone
+from sdood_plugin.features import Backbone, extract
 from sdood_plugin.randomness import derive_seed
 from sdood_plugin.training import Job
 
-from ..resuming import assert_resumes, assert_same
+from ..resuming import Dying, Killed, assert_resumes, assert_same
 
 CONFIG = DetectorConfig(epochs=2, batch_size=4, lr=1e-3)
 VIT = {"backbone": "test_vit", "input_size": 32}  # six blocks of width 64, four patches
@@ -67,6 +67,34 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, accelerator, parts
     before = torch.get_rng_state()
     assert_resumes(run, tmp_path, accelerator, die_at=4)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_training_that_stops_early_is_a_moment_of_the_whole_one(tmp_path, accelerator, job, parts, ema_decay):
+    config = dataclasses.replace(CONFIG, ema_decay=ema_decay)
+    with pytest.raises(Killed):  # in its fourth step, the first of the second epoch
+        train(parts, config, dataclasses.replace(job, accelerator=Dying(accelerator, 4), checkpoint_seconds=0.0))
+    then = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    (tmp_path / "checkpoint.pt").unlink()
+    network, history = train(parts, config, job, stop_after=1)
+    state = then["state"]["module"]
+    if ema_decay:
+        state = {name.removeprefix("module."): value for name, value in then["state"]["average"].items()}
+    assert_same(dict(network.state_dict()), dict(state))
+    assert_same(history, then["history"])
+
+
+def test_heads_trained_on_kept_features_are_those_of_a_training_on_the_images(job, parts):
+    config = dataclasses.replace(CONFIG, frozen_blocks="all", augmentation="none")
+    whole, history = train(parts, config, job)
+    network = new_network(config, job, classes=3, image_size=parts[0].images.shape[-1])
+    kept = [Labelled(extract(network.backbone, images, device=job.device).half(), labels) for images, labels in parts]
+    pools = make_parts(kept[0], kept[2], kept[1], config.batch_size, (config.control_ratio, config.outlier_ratio))
+    again, losses = train_parts(network, pools, config, job, half_way=True)
+    for name in history:
+        torch.testing.assert_close(torch.tensor(losses[name]), torch.tensor(history[name]), rtol=0, atol=1e-3)
+    for value, other in zip(again.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
