@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -150,16 +151,42 @@ def test_any_scale_and_dtype(generator, scale, dtype):
     assert distances.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_queries_whose_products_overflow_find_theirs(generator):
-    features = torch.randn(300, 4, generator=generator)
-    queries = torch.cat([features[:3] + 0.1, 1e18 * torch.eye(4), 3e19 * torch.eye(4), 1e37 * torch.eye(4)])
-    distances, rows = Bank(features).nearest(queries, 3)
-    expected, order = naive(queries, features, 3)
-    torch.testing.assert_close(distances, expected, rtol=1e-12, atol=0)
-    assert torch.equal(rows[:3], order[:3])  # so far away all are equally near to what float64 can tell
+def in_numpy(queries, bank, k):
+    """Squared distances and rows in numpy's float64."""
+    distances = np.square(queries.double().numpy()[:, None] - bank.double().numpy()[None]).sum(axis=2)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, axis=1), order
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e4, 1e19, 1e25, 1e38, 1e-30, 1e-44])
+@pytest.mark.parametrize("kind", ["all", "two places", "half of the bank", "one row", "queries"])
+def test_numbers_of_any_size_that_float32_holds(generator, kind, size, dtype):
+    """Where their squares are none in float32, and their sums not either."""
+    bank, queries = (
+        3 * torch.rand(count, 8, generator=generator) * torch.randn(count, 8, generator=generator).sign() for count in (300, 20)
+    )
+    if kind == "two places":
+        bank = torch.cat([size + min(1, size) * bank[:150], -size + min(1, size) * bank[150:]])
+    else:
+        bank[{"all": slice(300), "half of the bank": slice(150), "one row": slice(1), "queries": slice(0)}[kind]] *= size
+    queries = torch.cat([size * queries, 1.1 * bank[:3], bank[-3:]])
+    distances, rows = Bank(bank.to(dtype)).nearest(queries.to(dtype), 3)
+    expected, order = in_numpy(queries, bank, 3)
+    assert np.array_equal(rows, order)
+    np.testing.assert_allclose(distances, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e150, 1e200, -1e300])
+def test_numbers_whose_squares_are_none_in_float64_are_refused(generator, size):
+    bank = torch.randn(300, 8, generator=generator).double()
+    bank[7, 2] = size
+    for given in ((bank[:5], bank), (bank, bank[:5])):
+        with pytest.raises(UsageError, match=r"features: got NaN, infinity or beyond 1e\+150 in row 7; expected finite numbers"):
+            nearest(*given, 1)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e4, 1e19, 1e25, 1e38, 1e-30])
 def test_constant_features_are_all_ties(value):
     features = torch.full((200, 8), value)
     distances, rows = nearest(features[:5], features, 4)

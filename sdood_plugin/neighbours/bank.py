@@ -10,13 +10,16 @@ from ..errors import UsageError
 from .cells import Cells, tight_cells
 from .flat import Backend, FlatBank
 
+_LARGEST = 1e150  # its square is a number in float64; compared with float32 it is infinity
+
 
 class Bank:
     """Features to be searched, prepared once.
 
     The neighbours are those by the definition sum (q - b)^2 in float64, equal distances in the order of the bank, whatever
     the backend, the precision of the products, or which queries are searched together. Distances that differ by less than
-    the rounding of such sums, as of queries 1e8 times farther away than the rows are from each other, may come in any order.
+    the rounding of such sums, as of queries 1e8 times farther away than the rows are from each other, or that float64 rounds
+    to 0, as of differences below 1e-160, may come in any order.
 
     Args:
         features: float (M, D), M > 0, on any device.
@@ -24,7 +27,7 @@ class Bank:
             faiss where it is installed, on the CPU and for many rows.
 
     Raises:
-        UsageError: Values that are not finite, an empty bank, or `faiss` where it is not installed.
+        UsageError: Values that are not finite or 1e150 and more, an empty bank, or `faiss` where it is not installed.
     """
 
     def __init__(self, features: torch.Tensor, *, backend: Backend = "auto") -> None:
@@ -55,7 +58,7 @@ class Bank:
             (distances, rows): float64 (N, k) squared distances, ascending (float32 on Apple GPUs), and int64 (N, k).
 
         Raises:
-            UsageError: k that does not fit, another width than the bank's, or values that are not finite.
+            UsageError: k that does not fit, another width than the bank's, or values as of the bank.
         """
         available = len(self) - int(exclude_self)
         if not 1 <= k <= available:
@@ -86,11 +89,14 @@ def nearest(
 
 
 def _finite(features: torch.Tensor, name: str) -> torch.Tensor:
-    """The features in float32 or float64, all of them numbers."""
-    finite = torch.isfinite(features).all(dim=1)
+    """The features in float32 or float64, all of them numbers with squares that float64 holds."""
+    finite = (features.abs() < _LARGEST).all(dim=1)
     if not finite.all():
         row = int((~finite).nonzero()[0, 0])
         raise UsageError(
-            f"{name} features", f"NaN or infinity in row {row}", "finite numbers", "check that image and the backbone"
+            f"{name} features",
+            f"NaN, infinity or beyond {_LARGEST:g} in row {row}",
+            "finite numbers",
+            "check that image and the backbone",
         )
     return features if features.dtype == torch.float64 else features.float()
