@@ -45,7 +45,7 @@ def check_stock_network(section: Any) -> None:
         return net
 
     try:
-        with torch.random.fork_rng(devices=[]), on_device("cpu"), replaced(host_networks, get_network=built):
+        with torch.random.fork_rng(devices=[], device_type="cpu"), on_device("cpu"), replaced(host_networks, get_network=built):
             built(copy.deepcopy(section))  # the host writes into it
     except SdoodError:
         raise
