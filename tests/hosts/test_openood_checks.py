@@ -163,6 +163,12 @@ def test_what_scoring_would_stumble_over_is_refused_before_it_writes(data, confi
             "",
             "postprocessor.name: got rts on network sdood; expected a network rts_net",
         ),
+        ({}, "--postprocessor.name knnn", "postprocessor.name: got knnn; expected sdood, or one that the host can make"),
+        (
+            {"post": configs / "postprocessors/gram.yml"},
+            "--dataset.name digits",
+            "postprocessor.name: got gram: KeyError 'digits';",
+        ),
     ]
     for files, settings, expected in cases:
         given = scoring(data, configs, tmp_path / "results", *settings.split(), **files)

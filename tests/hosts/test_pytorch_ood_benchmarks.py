@@ -158,6 +158,9 @@ def test_openood_of_cifar100_has_its_own_lists_and_classes(data_root):
 def test_another_kind_of_benchmark_is_one_clear_line(data_root):
     with pytest.raises(UsageError, match="kind: got .*ImageNet200_OpenOOD.*; expected CIFAR10_OpenOOD or CIFAR100_OpenOOD"):
         openood_benchmark(data_root, network_input, ImageNet200_OpenOOD)
+    for kind in (ImageNet200_OpenOOD, "cifar10"):
+        with pytest.raises(UsageError, match="kind: got .*; expected CIFAR10_ODIN or CIFAR100_ODIN"):
+            odin_benchmark(data_root, network_input, kind)
 
 
 def test_odin_of_cifar100_has_its_own_images(data_root):

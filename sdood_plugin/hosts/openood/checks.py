@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -16,11 +17,13 @@ from .trainer import require_three_heads
 
 require_host()
 from openood.datasets import utils as host_loaders  # noqa: E402 - only after the host is on the path
+from openood.postprocessors import get_postprocessor  # noqa: E402
 
 SPLITS = ("train", "oe", "val", "test")
 _LEARNT = ("train", "val", "test")  # the host counts or learns their classes; it gives outliers none
 _TRAINER_KEYS = {"name", "lambda_out"}
 _READ_OOD = ("test_ood", "test_ood_aps", "test_ad", "train_ad", "feat_extract_opengan")  # the host's that read `ood_dataset`
+_SCORE = ("test_ood", "test_ood_aps", "test_ad", "train_ad", "train_opengan")  # the host's that make a postprocessor
 _COUNT_EPOCHS = ("train", "train_oe")
 _WANTED_NETWORKS = {  # postprocessors that call what only these networks of the host's have
     "cider": ("cider_net", "npos_net", "palm_net"),
@@ -49,7 +52,8 @@ def check_config(config: Any) -> None:
     _check_dataset(config.dataset, (*SPLITS, "controls") if own else _LEARNT)
     if pipeline in _READ_OOD:
         _check_ood(config.ood_dataset)
-        _check_pair(config.postprocessor, config.network)
+    if pipeline in _SCORE:
+        _check_postprocessor(config)
     if own:
         _check_train_sdood(config)
     if own or pipeline in _COUNT_EPOCHS:
@@ -138,12 +142,25 @@ def _check_network(network: Any, classes: int, own: bool) -> None:
             require_three_heads(net)
 
 
-def _check_pair(postprocessor: Any, network: Any) -> None:
-    wanted = _WANTED_NETWORKS.get(postprocessor.name) if postprocessor else None
-    if wanted and network.name not in wanted:
+def _check_postprocessor(config: Any) -> None:
+    name: Any = config.postprocessor and config.postprocessor.name
+    wanted = _WANTED_NETWORKS.get(name)
+    if wanted and config.network.name not in wanted:
         raise UsageError(
             "postprocessor.name",
-            f"{postprocessor.name} on network {network.name}",
+            f"{name} on network {config.network.name}",
             f"a network {' or '.join(wanted)}, which it was made for",
             "choose another of the two; POSTPROCESSORS.md says which run on sdood",
         )
+    if name == "sdood":
+        return
+    try:
+        get_postprocessor(copy.deepcopy(config))
+    except Exception as error:  # the host has no exceptions of its own
+        said = "" if error.args == (name,) else f": {type(error).__name__} {error}".splitlines()[0]
+        raise UsageError(
+            "postprocessor.name",
+            f"{name}{said}",
+            "sdood, or one that the host can make",
+            "give its YAML of configs/postprocessors",
+        ) from error

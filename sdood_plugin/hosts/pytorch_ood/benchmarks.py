@@ -23,6 +23,7 @@ from ..imglist import listed_images
 Transform = Callable[[Image.Image], Any]
 Found = tuple[Benchmark, dict[str, str]]
 VALIDATION_OOD = "validation OOD"  # the host has no name for the outliers of `validation_set()`
+_ODIN = {CIFAR10_ODIN: CIFAR10, CIFAR100_ODIN: CIFAR100}
 _CLASSES = {"cifar10": 10, "cifar100": 100}  # by the folder of the lists
 
 
@@ -115,7 +116,10 @@ def odin_benchmark(data_root: str | Path, transform: Transform, kind: Any = CIFA
 
     Raises:
         RunError: The in-distribution data is absent.
+        UsageError: Another kind.
     """
+    if kind not in _ODIN:
+        raise UsageError("kind", kind, " or ".join(known.__name__ for known in _ODIN), "take one of the two")
     root = Path(data_root)
     unknown: dict[str, Any] = {"transform": transform, "target_transform": ToUnknown()}
     found: list[Any] = []
@@ -127,9 +131,8 @@ def odin_benchmark(data_root: str | Path, transform: Transform, kind: Any = CIFA
             absent[ood.__name__] = f"no whole {ood.filename}, unpacked, below {root.name}"
     found += [noise(1000, size=(32, 32, 3), seed=123, **unknown) for noise in (UniformNoise, GaussianNoise)]
     made = kind.__new__(kind)  # its constructor downloads; the sets are given as they are found
-    cifar = {CIFAR10_ODIN: CIFAR10, CIFAR100_ODIN: CIFAR100}[kind]
     made.transform = transform
-    made.train_in, made.test_in = (_cifar(cifar, root, part, transform) for part in ("train", "test"))
+    made.train_in, made.test_in = (_cifar(_ODIN[kind], root, part, transform) for part in ("train", "test"))
     made.test_oods, made.ood_names = found, [type(dataset).__name__ for dataset in found]
     return made, absent
 
