@@ -164,7 +164,7 @@ def _narrow_type(path: Path) -> torch.dtype:
 
 
 def _narrowed(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file as they are kept; a bank's held-out scores are no features and stay float32."""
+    """The tensors of a file as they are kept; a bank's held-out terms are no features and stay exact."""
 
     def kept(value: torch.Tensor) -> torch.Tensor:
         exact = value.dtype != torch.float32 or (path.name == BANK and value.ndim < 2)

@@ -142,9 +142,9 @@ class Fitted(NamedTuple):
     @property
     def chosen(self) -> dict[str, Any]:
         """What was chosen on held-out data."""
-        calibration = self.score.calibration
-        values = {"alpha": calibration.alpha, "curve": calibration.curve, "threshold": calibration.threshold}
-        return values | {"false_alarm_interval": calibration.false_alarm_interval}
+        calibration, threshold = self.score.calibration, self.score.threshold
+        values = {"alpha": calibration.alpha, "curve": calibration.curve, "threshold": threshold.value}
+        return values | {"false_alarm_interval": [threshold.low, threshold.high]}
 
     def scores(self, tests: list[torch.Tensor]) -> Scores:
         """Every method's scores of the test sets."""

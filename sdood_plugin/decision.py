@@ -30,7 +30,7 @@ from .scoring.threshold import Threshold
 class Verdicts(NamedTuple):
     """Everything the detector has to say of B images; float (B,) each, larger = more OOD but for `p_value`."""
 
-    score: torch.Tensor  # distance + alpha votes
+    score: torch.Tensor  # distance + alpha votes, float64 as its two parts are
     p_value: torch.Tensor  # share of held-out in-distribution images at least as OOD, float64
     distance: torch.Tensor  # in units of its held-out median
     votes: torch.Tensor  # outliers among the nearest neighbours
@@ -77,7 +77,7 @@ class Detector:
     @property
     def threshold(self) -> float:
         """The score above which an image is called OOD, chosen on held-out in-distribution images."""
-        return self.fitted.calibration.threshold
+        return self.fitted.threshold.value
 
     def threshold_at(self, false_alarm_rate: float) -> Threshold:
         """The threshold at another false-alarm rate, with the 95 % interval of the rate it will really have.
@@ -87,7 +87,7 @@ class Detector:
         """
         if not 0 < false_alarm_rate < 1:
             raise UsageError("false_alarm_rate", false_alarm_rate, "above 0 and below 1", "give a share such as 0.05")
-        return self.fitted.threshold(false_alarm_rate)
+        return self.fitted.threshold_at(false_alarm_rate)
 
     def verdicts(self, images: torch.Tensor | ImageSet, batch_size: int = 256) -> Verdicts:
         """Score, p-value and what each part of the detector says, on the CPU.
@@ -170,9 +170,8 @@ def score_folder(run_folder: Path, images: str, csv: Path) -> str:
     order = verdicts.score.argsort(descending=True, stable=True).tolist()
     rows = ([found.names[i], int(is_ood[i]), *(f"{value:.6g}" for value in values[i])] for i in order)
     write_csv(csv, ("path", "called_ood", *Verdicts._fields), rows)
-    calibration = detector.fitted.calibration
-    low, high = (100 * end for end in calibration.false_alarm_interval)
+    low, high = 100 * detector.fitted.threshold.low, 100 * detector.fitted.threshold.high
     return (
         f"{sum(is_ood)} of {len(found)} images called OOD (score above {detector.threshold:.4g}); of in-distribution images "
-        f"{low:.2g} to {high:.2g} % would be (95 % interval from {calibration.heldout[0]} held-out images)\n{csv}"
+        f"{low:.2g} to {high:.2g} % would be (95 % interval from {detector.fitted.calibration.heldout[0]} held-out images)\n{csv}"
     )

@@ -121,6 +121,7 @@ STAGES = (
             "heldout": c.data.heldout_fraction,
             "with outliers": c.detector.outlier_ratio > 0,
             "alpha": "on outliers of other classes, against images and controls",  # runs of 0.2.0 are calibrated again
+            "held-out images": "by the terms of their score",  # and those whose bank has the scores alone
         },
         ("generate", "train-detector"),
         stages.calibrate,

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from sdood_plugin import context, stages
-from sdood_plugin.artifacts import read_csv, read_tensors, value_hash
+from sdood_plugin.artifacts import read_csv, read_tensors, value_hash, write_tensors
 from sdood_plugin.config import (
     ClusteringConfig,
     CompareConfig,
@@ -198,15 +198,22 @@ def test_an_image_whose_features_are_not_finite_is_named_by_its_file(finished, m
         stages.score_features(run, network)
 
 
-def test_a_run_that_was_calibrated_before_classes_were_left_out_is_calibrated_again_and_nothing_trained(finished, tmp_path):
+@pytest.mark.parametrize("since", [{"alpha", "held-out images"}, {"held-out images"}], ids=["0.2.0", "held-out scores alone"])
+def test_a_run_that_an_earlier_version_calibrated_is_calibrated_again_and_nothing_trained(finished, tmp_path, since):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     record, score = copy / "stages" / "calibrate.json", copy / "detector" / "score.json"
     old, said = json.loads(record.read_text()), json.loads(score.read_text())
-    parts = {name: old["parts"][name] for name in old["parts"].keys() - {"alpha"}}  # what the key of that version had
+    parts = {name: old["parts"][name] for name in old["parts"].keys() - since}  # what the key of that version had
     record.write_text(json.dumps(old | {"parts": parts, "key": value_hash(parts)}))
-    del said["calibration"]["votes"]
-    score.write_text(json.dumps(said))
+    if "alpha" in since:
+        del said["calibration"]["votes"]
+        score.write_text(json.dumps(said))
+    bank = read_tensors(copy / "detector" / "bank.safetensors")
+    bank["heldout"] = bank.pop("heldout_distance") + said["calibration"]["alpha"] * bank.pop("heldout_votes")
+    write_tensors(copy / "detector" / "bank.safetensors", bank)
+    with pytest.raises(RunError, match="run `sdood train-detector` on that run folder again"):
+        load_score(copy / "detector")
     outcome = run(tiny_config(), copy, "evaluate")
     assert {name for name, done in outcome.items() if done == "ran"} == {"calibrate"}  # to the same bytes: nothing after it
     assert score.read_bytes() == (finished / "detector" / "score.json").read_bytes()

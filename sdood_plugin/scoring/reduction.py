@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -30,4 +32,6 @@ def _centres(bank: torch.Tensor, count: int) -> torch.Tensor:
     if count >= len(bank):
         return bank
     means = MiniBatchKMeans(count, batch_size=max(1024, 4 * count), n_init=1, random_state=0, compute_labels=False)
-    return torch.from_numpy(means.fit(bank.cpu().numpy()).cluster_centers_).to(bank)
+    rows = bank.cpu()
+    unit = 2.0 ** (math.frexp(float(rows.abs().max()))[1] - 1)  # k-means squares what it is given; a power of two rounds nothing
+    return torch.from_numpy(means.fit((rows / unit).numpy()).cluster_centers_ * unit).to(bank)

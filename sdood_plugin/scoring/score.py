@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,7 +14,7 @@ from ..errors import RunError, UsageError
 from ..metrics import auroc_standard_error, detection_metrics
 from ..neighbours import Bank
 from .reduction import reduce_banks
-from .terms import Terms, distance_and_votes, terms_without_own_class
+from .terms import Terms, distance_and_votes, terms_by_class
 from .threshold import Threshold, choose_threshold, p_values
 
 log = logging.getLogger(__name__)
@@ -33,9 +32,6 @@ class Calibration:
             for each candidate alpha, as [alpha, per cent] pairs.
         votes: Mean votes of the held-out `ID`, `controls`, `outliers` and, without their own class in the bank, `outliers of
             other classes`, as far as they are there.
-        threshold: Score above which an image is called OOD; it and its interval are NaN where alpha was set afterwards.
-        false_alarm_rate: Share of new ID images above it at most, on average over held-out sets, as asked for.
-        false_alarm_interval: 95 % interval of the share of new ID images above it.
         heldout: Numbers of held-out ID images, outliers and controls.
     """
 
@@ -43,9 +39,6 @@ class Calibration:
     alpha: float
     curve: list[list[float]]
     votes: dict[str, float]
-    threshold: float
-    false_alarm_rate: float
-    false_alarm_interval: list[float]
     heldout: list[int]
 
 
@@ -58,76 +51,61 @@ class Score:
         outliers: float (M, D), outlier bank, may be empty.
         config: The settings.
         calibration: What held-out data decided.
-        heldout: float (P,), scores of the held-out ID images, ascending, on the CPU; empty where alpha was set afterwards.
+        heldout: The terms of the P held-out ID images, on the CPU.
     """
 
     inside: torch.Tensor
     outliers: torch.Tensor
     config: ScoringConfig
     calibration: Calibration
-    heldout: torch.Tensor
+    heldout: Terms
 
     @cached_property
     def _banks(self) -> tuple[Bank, Bank | None]:
         return _banks(self.inside, self.outliers, self.config)
 
+    @cached_property
+    def threshold(self) -> Threshold:
+        """The threshold at the rate that the settings ask for."""
+        return self.threshold_at(self.config.false_alarm_rate)
+
     def terms(self, features: torch.Tensor) -> Terms:
-        """(distance / its held-out median, votes) of float (B, D) features, each float (B,)."""
-        return _terms(features, self._banks, self.config).over(self.calibration.distance_scale)
+        """(distance / its held-out median, votes) of float (B, D) features, as `Terms`."""
+        return _terms(_prepare(features, self.config.normalise), self._banks, self.config).over(self.calibration.distance_scale)
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """The score, float (B,), of float (B, D) features; larger = more OOD."""
+        """The score, float64 (B,) (float32 on Apple GPUs), of float (B, D) features; larger = more OOD."""
         return self.combined(*self.terms(features))
 
     def combined(self, distance: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
-        """The score, float (B,), of its terms."""
+        """The score, (B,), of its terms."""
         return distance + self.calibration.alpha * votes
 
     def with_alpha(self, alpha: float) -> Score:
-        """The same banks and scale under another weight of the votes.
-
-        The held-out scores are of the alpha they were made with, and their terms are not kept: under another one the score
-        ranks, but has no threshold and no p-values.
+        """The same banks, scale and held-out images under another weight of the votes.
 
         Raises:
             UsageError: It is below 0.
         """
-        config = replace(self.config, alpha=alpha)
-        if alpha == self.calibration.alpha:
-            return replace(self, config=config)
-        unknown = [math.nan, math.nan]
-        calibration = replace(self.calibration, alpha=alpha, threshold=math.nan, false_alarm_interval=unknown)
-        return replace(self, config=config, calibration=calibration, heldout=self.heldout[:0])
+        return replace(self, config=replace(self.config, alpha=alpha), calibration=replace(self.calibration, alpha=alpha))
 
-    def threshold(self, false_alarm_rate: float) -> Threshold:
-        """The threshold at another rate than the one calibrated for.
-
-        Raises:
-            UsageError: alpha was set after the calibration.
-        """
-        return choose_threshold(self._heldout_scores(), false_alarm_rate)
+    def threshold_at(self, false_alarm_rate: float) -> Threshold:
+        """The threshold at another rate than that of the settings."""
+        return choose_threshold(self.combined(*self.heldout), false_alarm_rate)
 
     def p_values(self, scores: torch.Tensor) -> torch.Tensor:
-        """Conformal p-values, float64 (B,), of scores float (B,).
-
-        Raises:
-            UsageError: alpha was set after the calibration.
-        """
-        return p_values(scores, self._heldout_scores())
-
-    def _heldout_scores(self) -> torch.Tensor:
-        if not len(self.heldout):
-            raise UsageError(
-                f"held-out scores under alpha {self.calibration.alpha:g}",
-                "none",
-                "those of the alpha that was calibrated",
-                "fit the score with this alpha",
-            )
-        return self.heldout
+        """Conformal p-values, float64 (B,), of scores float (B,)."""
+        return p_values(scores, self.combined(*self.heldout))
 
 
 def _prepare(features: torch.Tensor, normalise: bool) -> torch.Tensor:
-    return F.normalize(features.float(), dim=1) if normalise else features.float()
+    """float32 (B, D): the features, or their directions, whatever finite size they have; rows of zeros stay zeros."""
+    if not normalise:
+        return features.float()
+    wide = features if features.dtype == torch.float64 else features.float()
+    largest = torch.linalg.vector_norm(wide, ord=torch.inf, dim=1, keepdim=True)
+    ordinary = (largest > 1e-10) & (largest < 1e15)  # float32 holds their squares: these rows stay what they are
+    return F.normalize((wide / torch.where(ordinary | (largest == 0), 1.0, largest)).float(), dim=1)
 
 
 def _banks(inside: torch.Tensor, outliers: torch.Tensor, config: ScoringConfig) -> tuple[Bank, Bank | None]:
@@ -135,7 +113,7 @@ def _banks(inside: torch.Tensor, outliers: torch.Tensor, config: ScoringConfig) 
 
 
 def _terms(features: torch.Tensor, banks: tuple[Bank, Bank | None], config: ScoringConfig) -> Terms:
-    return distance_and_votes(_prepare(features, config.normalise), *banks, config.k_distance, config.k_vote)
+    return distance_and_votes(features, *banks, config.k_distance, config.k_vote)
 
 
 def fit_score(
@@ -174,43 +152,36 @@ def fit_score(
         RunError: Half of the held-out images are in the bank, or as near to it as rounding is.
     """
     controls = heldout_inside[:0] if heldout_controls is None else heldout_controls
-    names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier", "held-out control")
-    for name, features in zip(names, (inside, outliers, heldout_inside, heldout_outliers, controls), strict=True):
-        _require_finite(features, name)
     classes = _known_classes((outlier_classes, heldout_classes), (outliers, heldout_outliers))
-    prepared = _prepare(inside, config.normalise), _prepare(outliers, config.normalise)
-    whole = _banks(*prepared, config)
+    names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier", "held-out control")
+    given = zip(names, (inside, outliers, heldout_inside, heldout_outliers, controls), strict=True)
+    inside, outliers, heldout_inside, heldout_outliers, controls = (
+        _finite(_prepare(features, config.normalise), name) for name, features in given
+    )
+    whole = _banks(inside, outliers, config)
     near = _terms(heldout_inside, whole, config)
     scale = _scale(near, heldout_inside, config)
-    far = _terms(heldout_outliers if len(outliers) else heldout_outliers[:0], whole, config)
-    found = {"ID": near, "controls": _terms(controls, whole, config), "outliers": far}
-    if classes is not None and len(far.votes):
-        k, unseen = (config.k_distance, config.k_vote), _prepare(heldout_outliers, config.normalise)
-        far = terms_without_own_class(unseen, classes[1], whole[0], prepared[1], classes[0], *k, config.backend)
+    found = {"ID": near, "controls": _terms(controls, whole, config)}
+    if classes is None:
+        found["outliers"] = far = _terms(heldout_outliers if len(outliers) else heldout_outliers[:0], whole, config)
+    else:
+        k = config.k_distance, config.k_vote
+        found["outliers"], far = terms_by_class(heldout_outliers, classes[1], whole[0], outliers, classes[0], *k, config.backend)
         found["outliers of other classes"] = far
     alpha, curve = _choose_alpha([near.over(scale), found["controls"].over(scale)], far.over(scale), config)
-    reduced = reduce_banks(prepared, config.bank_size, config.k_distance)
+    first = inside, outliers
     inside, outliers = (  # centres lie within the unit sphere; what is normalised already would move by its rounding
-        bank if bank is first else _prepare(bank, config.normalise) for bank, first in zip(reduced, prepared, strict=True)
+        bank if bank is whole_bank else _prepare(bank, config.normalise)
+        for bank, whole_bank in zip(reduce_banks(first, config.bank_size, config.k_distance), first, strict=True)
     )
-    if inside is not prepared[0] or outliers is not prepared[1]:
+    if inside is not first[0] or outliers is not first[1]:
         near = _terms(heldout_inside, _banks(inside, outliers, config), config)
         scale = _scale(near, heldout_inside, config)
-    scores = (near.distance / scale + alpha * near.votes).sort().values.cpu()
-    threshold = choose_threshold(scores, config.false_alarm_rate)
     votes = {name: float(terms.votes.mean()) for name, terms in found.items() if len(terms.votes)}
     _warn_of_votes(votes, config.k_vote)
-    calibration = Calibration(
-        scale,
-        alpha,
-        curve,
-        votes,
-        threshold.value,
-        config.false_alarm_rate,
-        [threshold.low, threshold.high],
-        [len(heldout_inside), len(heldout_outliers), len(controls)],
-    )
-    return Score(inside, outliers, config, calibration, scores)
+    counts = [len(heldout_inside), len(heldout_outliers), len(controls)]
+    heldout = Terms(*(term.cpu() for term in near.over(scale)))
+    return Score(inside, outliers, config, Calibration(scale, alpha, curve, votes, counts), heldout)
 
 
 def _scale(near: Terms, heldout: torch.Tensor, config: ScoringConfig) -> float:
@@ -232,15 +203,16 @@ def _scale(near: Terms, heldout: torch.Tensor, config: ScoringConfig) -> float:
 
 def _rounding_distance(features: torch.Tensor, config: ScoringConfig) -> float:
     """The distance term that rounding alone gives images that are in the bank."""
-    norms = _prepare(features, config.normalise).square().sum(dim=1)
+    norms = features.cpu().double().square().sum(dim=1)
     return config.k_distance * _ROUNDING**2 * float(norms.median())
 
 
-def _require_finite(features: torch.Tensor, name: str) -> None:
+def _finite(features: torch.Tensor, name: str) -> torch.Tensor:
     broken = (~torch.isfinite(features).all(dim=1)).nonzero()[:, 0].tolist()
     if broken:
         expected = "finite numbers"
         raise UsageError(f"{name} features", f"NaN or infinity in row {broken[0]}", expected, "check that image and the backbone")
+    return features
 
 
 def _known_classes(

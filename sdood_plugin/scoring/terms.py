@@ -14,7 +14,7 @@ GROUPS = 10  # of classes, each left out in turn
 
 
 class Terms(NamedTuple):
-    """The two terms of B images, each (B,) in the features' dtype."""
+    """The two terms of B images, each float64 (B,), as squares of finite features need; float32 on Apple GPUs."""
 
     distance: torch.Tensor
     votes: torch.Tensor
@@ -48,14 +48,15 @@ def distance_and_votes(features: torch.Tensor, inside: Bank, outliers: Bank | No
         raise UsageError("k_distance", k_distance, f"at most {len(inside)}, the in-distribution bank", "lower scoring.k_distance")
     if outliers is None:
         distances, _ = inside.nearest(features, k_distance)
-        return Terms(distances.sum(dim=1).to(features.dtype), features.new_zeros(len(features)))
+        return Terms(distances.sum(dim=1), distances.new_zeros(len(features)))
     if k_vote > both_sizes:
         raise UsageError("k_vote", k_vote, f"at most {both_sizes}, the size of both banks", "lower scoring.k_vote")
+    near_inside, _ = inside.nearest(features, min(len(inside), max(k_distance, k_vote)))
     near_outliers, _ = outliers.nearest(features, min(len(outliers), k_vote))
-    return _terms(features, inside, near_outliers, k_distance, k_vote)
+    return _terms(near_inside, near_outliers, features.shape[1], k_distance, k_vote)
 
 
-def terms_without_own_class(
+def terms_by_class(
     features: torch.Tensor,
     own: torch.Tensor,
     inside: Bank,
@@ -64,8 +65,8 @@ def terms_without_own_class(
     k_distance: int,
     k_vote: int,
     backend: Backend,
-) -> Terms:
-    """The terms of outliers that meet no outlier of their own class: each is of a kind that the bank lacks.
+) -> tuple[Terms, Terms]:
+    """The terms of outliers, and those where they meet no outlier of their own class: each is of a kind that the bank lacks.
 
     Of more than ten classes a tenth is left out at a time, own one and others, as in cross-validation by groups.
 
@@ -80,21 +81,22 @@ def terms_without_own_class(
         backend: As of a `Bank`.
     """
     names = classes.unique()
-    found = []
+    near_inside, _ = inside.nearest(features, min(len(inside), max(k_distance, k_vote)))
+    near, without_own = [], []
     for first in range(min(GROUPS, len(names))):  # every group a bank of its own: each query meets each row once
         group = names[first::GROUPS]
         bank = Bank(outliers[torch.isin(classes, group)], backend=backend)
-        near, _ = bank.nearest(features, min(k_vote, len(bank)))
-        found.append(near.masked_fill(torch.isin(own, group)[:, None], math.inf))
-    near_outliers = torch.cat(found, dim=1).sort(dim=1).values[:, :k_vote]
-    return _terms(features, inside, near_outliers, k_distance, k_vote)
+        near.append(bank.nearest(features, min(k_vote, len(bank)))[0])
+        without_own.append(near[-1].masked_fill(torch.isin(own, group)[:, None], math.inf))
+    both = (torch.cat(found, dim=1).sort(dim=1).values[:, :k_vote] for found in (near, without_own))
+    whole, lacking = (_terms(near_inside, some, features.shape[1], k_distance, k_vote) for some in both)
+    return whole, lacking
 
 
-def _terms(features: torch.Tensor, inside: Bank, near_outliers: torch.Tensor, k_distance: int, k_vote: int) -> Terms:
-    """The terms, given the ascending squared distances (B, K) to the nearest outliers; infinity stands for none."""
-    near_inside, _ = inside.nearest(features, min(len(inside), max(k_distance, k_vote)))
-    rounding = (features.shape[1] + 2) * torch.finfo(near_outliers.dtype).eps  # of the same sum in two orders
+def _terms(near_inside: torch.Tensor, near_outliers: torch.Tensor, width: int, k_distance: int, k_vote: int) -> Terms:
+    """The terms, given the ascending squared distances (B, K) of D = `width` summands; infinity stands for no outlier."""
+    rounding = (width + 2) * torch.finfo(near_outliers.dtype).eps  # of the same sum in two orders
     both = torch.cat([near_inside[:, :k_vote], near_outliers * (1 + rounding)], dim=1).sort(dim=1, stable=True)
     is_outlier = (both.indices >= min(k_vote, near_inside.shape[1])) & both.values.isfinite()
     votes = is_outlier[:, :k_vote].sum(dim=1)
-    return Terms(near_inside[:, :k_distance].sum(dim=1).to(features.dtype), votes.to(features.dtype))
+    return Terms(near_inside[:, :k_distance].sum(dim=1), votes.to(near_inside.dtype))

@@ -29,7 +29,7 @@ def made(tmp_path):
     weights = {f"layer{i}.weight": torch.randn(20, 30, generator=generator) for i in range(9)} | {"count": torch.tensor(3)}
     folder = tmp_path / "run"
     write_tensors(folder / "diffusion" / "unet.safetensors", weights, {"backbone": "x"})
-    bank = {"inside": torch.randn(40, 8, generator=generator), "heldout": 1e6 * torch.rand(9, generator=generator)}
+    bank = {"inside": torch.randn(40, 8, generator=generator), "heldout_distance": 1e6 * torch.rand(9, generator=generator)}
     write_tensors(folder / "detector" / "bank.safetensors", bank)
     write_tensors(folder / "evaluation" / "features-id.safetensors", {"features": bank["inside"].half()})
     kept = (
@@ -65,7 +65,7 @@ def test_what_is_packed_comes_back(made, tmp_path, monkeypatch):
         for name, value in tensors.items():
             assert back[name].dtype == value.dtype
             precision = 2**-11 if path.name == "bank.safetensors" else 2**-8
-            exact = name in ("heldout", "count", "features")
+            exact = name in ("heldout_distance", "count", "features")
             torch.testing.assert_close(back[name], value, atol=0 if exact else 1e-7, rtol=0 if exact else precision)
             assert exact or not torch.equal(back[name], value)
     assert handover.pack(made, tmp_path / "kept") == new[:1]  # nothing changed: nothing new but the list

@@ -199,12 +199,26 @@ def test_a_pickle_leaves_the_postprocessor_where_it_is(loaders):
     torch.testing.assert_close(again.score_.inside, score.inside)
 
 
-def test_a_sweep_says_once_that_held_out_images_are_few(loaders, caplog):
+def test_a_sweep_says_nothing_of_a_threshold_that_the_host_has_no_use_of(loaders, caplog):
     from sdood_plugin.hosts.openood import SDOODPostprocessor
 
     post = SDOODPostprocessor()
     post.setup(FeatureNet(), loaders)
     for k_distance in (1, 2, 3):
         post.set_hyperparam([k_distance, None, None, None])
-    said = [record for record in caplog.records if "the threshold is that of a rate of 0.0625" in record.getMessage()]
-    assert len(said) == 1
+    assert not caplog.records
+    assert post.score_.threshold.value == post.score_.combined(*post.score_.heldout).max()
+    assert "the threshold is that of a rate of 0.0625" in caplog.text
+
+
+def test_a_detector_folder_s_score_has_a_threshold_under_every_alpha(detector, loaders):
+    from sdood_plugin.hosts.openood import SDOODPostprocessor
+    from sdood_plugin.scoring.storage import load_score
+
+    post, own = SDOODPostprocessor(outliers=detector), load_score(detector)
+    post.setup(FeatureNet(), loaders)
+    for alpha in (0.0, 2.0, 0.3):
+        post.set_hyperparam([None, None, alpha, None])
+        expected = (own.heldout.distance + alpha * own.heldout.votes).max()  # of 12 images the rate 0.05 takes the largest
+        assert post.score_.threshold.value == pytest.approx(float(expected))
+    assert post.score_.threshold == own.threshold

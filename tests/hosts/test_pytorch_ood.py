@@ -297,22 +297,22 @@ def test_a_loaded_detector_takes_another_alpha_and_nothing_else(tmp_path, alpha)
     distance, votes = loaded.terms(x)
     assert votes.any() and detector.set_hyperparameters(alpha=np.float32(0.5)) is detector
     assert torch.equal(detector.predict_features(x), distance + 0.5 * votes) and detector.alpha == 0.5
-    assert not len(detector.score_.heldout) and np.isnan(detector.score_.calibration.threshold)
-    for call in (lambda: detector.score_.threshold(0.1), lambda: detector.score_.p_values(scores)):
-        with pytest.raises(UsageError, match="held-out scores under alpha 0.5: got none") as caught:
-            call()
-        assert "\n" not in str(caught.value)
+    fitted = SDOOD(None, alpha=0.5).fit_features(x, y).score_
+    assert detector.score_.threshold == fitted.threshold != loaded.threshold
+    assert torch.equal(detector.score_.p_values(scores), fitted.p_values(scores))
     changed = detector.predict_features(x)
     for wrong in ({"k_vote": 3}, {"alpha": 0.1, "normalise": False}, {"alpha": -1.0}, {"alpha": "auto"}):
         with pytest.raises((UsageError, TypeError)):
             detector.set_hyperparameters(**wrong)
         assert detector.alpha == 0.5 and torch.equal(detector.predict_features(x), changed)
     for again in (pickle.loads(pickle.dumps(detector)), copy.deepcopy(detector), detector):
-        again.set_hyperparameters(alpha=alpha)  # what it was calibrated with has its threshold
+        again.set_hyperparameters(alpha=alpha)  # None stands for what it was calibrated with
         assert torch.equal(again.predict_features(x), scores) and again.score_.calibration == loaded.calibration
-        assert torch.equal(again.score_.heldout, loaded.heldout)
+        assert again.score_.threshold == loaded.threshold
     detector.set_hyperparameters(alpha=0.7).save(tmp_path / "other")
-    torch.testing.assert_close(SDOOD.load(tmp_path / "other").predict_features(x), distance + 0.7 * votes)
+    other = SDOOD.load(tmp_path / "other")
+    torch.testing.assert_close(other.predict_features(x), distance + 0.7 * votes)
+    assert other.score_.threshold == detector.score_.threshold
 
 
 def test_alpha_of_a_loaded_detector_is_not_chosen_anew(tmp_path):

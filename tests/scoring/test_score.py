@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdood_plugin.artifacts import read_json, write_json
+from sdood_plugin.artifacts import read_json, write_json, write_tensors
 from sdood_plugin.config import ScoringConfig
 from sdood_plugin.errors import RunError, UsageError
 from sdood_plugin.neighbours import Bank
@@ -18,7 +18,7 @@ from sdood_plugin.scoring import terms as terms_module
 from sdood_plugin.scoring.reduction import reduce_banks
 from sdood_plugin.scoring.score import fit_score
 from sdood_plugin.scoring.storage import load_score, save_score
-from sdood_plugin.scoring.terms import terms_without_own_class
+from sdood_plugin.scoring.terms import terms_by_class
 
 FAISS = find_spec("faiss") is not None
 
@@ -136,13 +136,13 @@ def test_the_threshold_rejects_no_more_held_out_images_than_asked(generator, ban
     near, far = heldout(generator, count)
     score = fit_score(inside, outliers, near, far, ScoringConfig(false_alarm_rate=rate))
     scores = score(near).double().numpy()
-    rejected = (scores > score.calibration.threshold).sum()
+    rejected = (scores > score.threshold.value).sum()
     assert rejected <= rate * count
-    assert score.calibration.threshold in scores  # and it is a held-out image's own score: not needlessly high
-    assert (scores >= score.calibration.threshold).sum() > rate * (count + 1) - 1
+    assert score.threshold.value in scores  # and it is a held-out image's own score: not needlessly high
+    assert (scores >= score.threshold.value).sum() > rate * (count + 1) - 1
     new = score(torch.randn(300, 4, generator=generator))
     if rate >= 1 / (count + 1):
-        assert torch.equal(new > score.calibration.threshold, score.p_values(new) <= rate)
+        assert torch.equal(new > score.threshold.value, score.p_values(new) <= rate)
     assert score.calibration.heldout == [count, count, 0]
 
 
@@ -239,7 +239,9 @@ def test_of_many_classes_a_tenth_is_left_out_at_a_time(generator, banks):
     features, inside, _ = banks
     outliers, classes = torch.randn(46, 4, generator=generator), torch.arange(46) % 23 * 7
     own = torch.tensor([0, 7, 14, 70, 140, 154, 3, 0, 7, 7, 7, 7])
-    found = terms_without_own_class(features, own, Bank(inside), outliers, classes, 2, 9, "auto")
+    whole, found = terms_by_class(features, own, Bank(inside), outliers, classes, 2, 9, "auto")
+    for term, expected in zip(whole, naive_terms(features, inside, outliers, 2, 9), strict=True):
+        torch.testing.assert_close(term, expected)
     rank = {name: place % 10 for place, name in enumerate(classes.unique().tolist())}
     group = torch.tensor([rank[name] for name in classes.tolist()])
     for row, name in enumerate(own.tolist()):
@@ -341,11 +343,17 @@ def test_scores_survive_the_disk(tmp_path, generator, banks):
 
 def test_scores_of_another_version_are_refused(tmp_path, generator, banks):
     _, inside, outliers = banks
-    save_score(tmp_path, fit_score(inside, outliers, *heldout(generator), ScoringConfig()))
+    score = fit_score(inside, outliers, *heldout(generator, 2), ScoringConfig())
+    save_score(tmp_path, score)
+    earlier = {"inside": inside, "outliers": outliers, "heldout": score.combined(*score.heldout).sort().values}
+    write_tensors(tmp_path / "bank.safetensors", earlier)
+    with pytest.raises(RunError, match="got 'heldout_distance'; expected the files of this version.*train-detector"):
+        load_score(tmp_path)
+    save_score(tmp_path, score)
     settings = read_json(tmp_path / "score.json")
-    del settings["calibration"]["false_alarm_interval"]
+    del settings["calibration"]["votes"]
     write_json(tmp_path / "score.json", settings)
-    with pytest.raises(RunError, match="train-detector"):
+    with pytest.raises(RunError, match="got 'votes'.*train-detector"):
         load_score(tmp_path)
 
 
@@ -375,6 +383,82 @@ def test_terms_of_awkward_features_equal_the_loops(generator, backend, kind):
     assert torch.equal(terms[1].double(), expected[1])
 
 
+def numpy_score(queries, inside, outliers, near, config):
+    """METHOD section 5 in numpy's float64, of features that may be as large as float32 holds."""
+
+    def prepared(features):
+        rows = features.double().numpy()
+        if not config.normalise:
+            return rows
+        rows = rows / np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-320)
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-320)
+
+    def terms(features):
+        to_inside, to_outliers = (
+            np.square(prepared(features)[:, None] - prepared(bank)[None]).sum(axis=2) for bank in (inside, outliers)
+        )
+        order = np.argsort(np.concatenate([to_inside, to_outliers], axis=1), axis=1, kind="stable")[:, : config.k_vote]
+        return np.sort(to_inside, axis=1)[:, : config.k_distance].sum(axis=1), (order >= len(inside)).sum(axis=1)
+
+    (distance, votes), scale = terms(queries), np.sort(terms(near)[0])[(len(near) - 1) // 2]
+    return distance / scale + config.alpha * votes
+
+
+SIZES = [1e4, 1e19, 1e25, 1e38, 1e-30, 1e-44]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("kind", ["all", "queries", "half of the bank"])
+def test_features_of_any_finite_size_are_scored_as_in_float64(generator, normalise, size, kind, dtype):
+    def draw(count):
+        return torch.rand(count, 4, generator=generator) * torch.randn(count, 4, generator=generator).sign()
+
+    sets = [(size if kind == "all" else 1) * draw(count) for count in (25, 30, 31, 31)]
+    queries = draw(20) if kind == "half of the bank" else size * draw(20)
+    sets[1][::2] *= size if kind == "half of the bank" else 1
+    outliers, inside, near, far = sets
+    config = ScoringConfig(normalise=normalise, alpha=0.3)
+    score = fit_score(*(part.to(dtype) for part in (inside, outliers, near, far)), config)
+    expected = numpy_score(queries, inside, outliers, near, config)
+    np.testing.assert_allclose(score(queries.to(dtype)).numpy(), expected, rtol=2e-4 if normalise else 1e-9)
+    if normalise:  # a row of zeros has no direction: 1 from every other
+        assert float(score.terms(torch.zeros(1, 4)).distance) * score.calibration.distance_scale == pytest.approx(2)
+
+
+def test_the_directions_of_ordinary_features_are_torch_s_own(generator, banks):
+    features = torch.randn(500, 64, generator=generator) * 10 ** torch.randint(-8, 13, (500, 1), generator=generator)
+    score = fit_score(features.double(), features[:0], features.flip(1), features[:0], ScoringConfig())
+    assert torch.equal(score.inside, torch.nn.functional.normalize(features, dim=1))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_features_of_one_place_are_refused_whatever_their_size(generator, normalise, size):
+    same, outliers = torch.full((9, 4), size), torch.randn(9, 4, generator=generator)
+    with pytest.raises(RunError, match="median distance of held-out images: got 0.0; expected above"):
+        fit_score(same, outliers, same, outliers, ScoringConfig(normalise=normalise))
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("size", SIZES)
+def test_reduced_banks_of_any_finite_size_have_centres_among_their_rows(generator, normalise, size):
+    inside, outliers, near, far = (size * (0.1 + 0.9 * torch.rand(40, 4, generator=generator)) for _ in range(4))
+    score = fit_score(inside, outliers, near, far, ScoringConfig(normalise=normalise, bank_size=20))
+    for bank, rows in ((score.inside, inside), (score.outliers, outliers)):
+        assert len(bank) == 10 and (len(bank.unique(dim=0)) == 10 or size < 1e-40)
+        assert normalise or (rows.min() <= bank.min() and bank.max() <= rows.max())
+
+
+def test_numbers_beyond_float32_are_named_where_they_are_not_normalised(generator, banks):
+    given = [part.double() for part in (banks[1], banks[2], *heldout(generator))]
+    given[2][6] *= 1e39
+    assert fit_score(*given, ScoringConfig()).heldout.distance.isfinite().all()
+    with pytest.raises(UsageError, match="held-out in-distribution features: got NaN or infinity in row 6"):
+        fit_score(*given, ScoringConfig(normalise=False))
+
+
 def test_outliers_that_crowd_in_do_not_hide_the_nearest_images(generator):
     query = torch.zeros(1, 4)
     inside, outliers = 5 + torch.randn(40, 4, generator=generator), 0.01 * torch.randn(300, 4, generator=generator)
@@ -387,11 +471,26 @@ def test_held_out_scores_make_the_threshold_and_its_interval(generator, banks):
     _, inside, outliers = banks
     near, far = heldout(generator, 50)
     score = fit_score(inside, outliers, near, far, ScoringConfig())
-    assert torch.equal(score.heldout, score(near).sort().values)
-    again = score.threshold(0.05)
-    assert [again.low, again.high] == score.calibration.false_alarm_interval and again.value == score.calibration.threshold
-    assert again.low < 0.05 < again.high < score.threshold(0.3).high
+    assert all(torch.equal(*pair) for pair in zip(score.heldout, score.terms(near), strict=True))
+    assert score.threshold == score.threshold_at(0.05)
+    assert score.threshold.low < 0.05 < score.threshold.high < score.threshold_at(0.3).high
     assert float(score.p_values(score(near)).min()) == pytest.approx(1 / 51 + 1 / 51)
+
+
+@pytest.mark.parametrize("before", [None, 0.0, 10.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 7.0])
+def test_another_alpha_has_the_threshold_and_p_values_of_a_score_fitted_with_it(tmp_path, generator, banks, before, alpha):
+    queries, inside, outliers = banks
+    given = inside, outliers, *heldout(generator, 50)
+    save_score(tmp_path, fit_score(*given, ScoringConfig(alpha=before, false_alarm_rate=0.1)))
+    score, fitted = load_score(tmp_path).with_alpha(alpha), fit_score(*given, ScoringConfig(alpha=alpha, false_alarm_rate=0.1))
+    assert score.config == fitted.config and score.threshold == fitted.threshold and score.heldout[1].any()
+    assert score.threshold_at(0.3) == fitted.threshold_at(0.3) != score.threshold
+    assert torch.equal(score.p_values(score(queries)), fitted.p_values(fitted(queries)))
+    save_score(tmp_path, score)
+    assert read_json(tmp_path / "score.json")["calibration"]["threshold"] == load_score(tmp_path).threshold.value
+    with pytest.raises(UsageError, match="scoring.alpha: got -1"):
+        score.with_alpha(-1.0)
 
 
 def test_a_bank_is_reduced_by_one_factor_to_centres_of_unit_length(generator):
@@ -406,7 +505,7 @@ def test_a_bank_is_reduced_by_one_factor_to_centres_of_unit_length(generator):
     first, second = (fit_score(inside, outliers, near, far, ScoringConfig(bank_size=40)) for _ in range(2))
     assert len(first.inside) + len(first.outliers) == 40 and torch.equal(first.inside, second.inside)
     torch.testing.assert_close(first.inside.norm(dim=1), torch.ones(30))
-    assert torch.equal(first.heldout, first(near).sort().values)
+    assert all(torch.equal(*pair) for pair in zip(first.heldout, first.terms(near), strict=True))
     whole = fit_score(inside, outliers, near, far, ScoringConfig()).calibration
     assert (first.calibration.curve, first.calibration.votes) == (whole.curve, whole.votes)
     assert first.calibration.distance_scale != whole.distance_scale

@@ -14,10 +14,8 @@ from torch import nn
 from ...config import ScoringConfig
 from ...errors import UsageError
 from ...outliers.dataset import OutlierSet
-from ...scoring import threshold
 from ...scoring.score import Score, fit_score
 from .banks import joined, loader_features, open_outliers, outlier_features, transform_of
-from .device import replaced
 from .host import require_host
 
 require_host()
@@ -185,8 +183,7 @@ class SDOODPostprocessor(BasePostprocessor):
         given = {name: value for name, value in zip(HYPERPARAMETERS, hyperparam, strict=True) if value is not None}
         config = dataclasses.replace(self.config_, **given)
         if self.setup_flag:
-            with replaced(threshold.log, disabled=True):  # the first fit said what the held-out images promise
-                self.score_ = self._fit(config)
+            self.score_ = self._fit(config)
         self.config_, self.settings = config, {**self.settings, **given}
 
     def get_hyperparam(self) -> list[Any]:

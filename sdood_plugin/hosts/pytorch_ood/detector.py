@@ -87,7 +87,7 @@ class SDOOD(FeaturesDetector):
         self.seed = seed
         self.image_size: int | None = None  # of the run's images; `from_run` sets it
         self.score_: Score | None = None
-        self._loaded: Score | None = None  # as it was loaded, without its banks
+        self._chosen: float | None = None  # what alpha None stands for in a loaded score
         self._fitted: tuple[Tensor, ...] | None = None  # features of ID and outliers, those held out, both outliers' targets
 
     def fit(self, data_loader: DataLoader) -> SDOOD:
@@ -196,8 +196,8 @@ class SDOOD(FeaturesDetector):
     def set_hyperparameters(self, **kwargs: Any) -> SDOOD:
         """Change settings by name; a fitted detector is calibrated again on the features it was fitted on.
 
-        A loaded detector (`load`, `from_run`) has not got those features: its alpha alone can change, and under another one
-        than it was calibrated with `score_` has no threshold and no p-values.
+        A loaded detector (`load`, `from_run`) has not got those features: its alpha alone can change, and with it the
+        threshold and p-values of `score_`.
 
         Raises:
             UsageError: Another setting of a loaded detector, or a value that is out of range.
@@ -206,7 +206,7 @@ class SDOOD(FeaturesDetector):
         try:
             super().set_hyperparameters(**kwargs)
             if self.score_ is not None and self.get_hyperparameters() != before:
-                self.score_ = self._reweighted(before) if self._fitted is None else self._score(self._fitted)
+                self.score_ = self._reweighted(before, self.score_) if self._fitted is None else self._score(self._fitted)
         except Exception:
             for name, value in before.items():
                 setattr(self, name, value)
@@ -251,7 +251,7 @@ class SDOOD(FeaturesDetector):
         config = score.config
         detector = cls(encoder, config.k_distance, config.k_vote, config.alpha, config.normalise)
         detector.score_, detector.requires_fit = score, False
-        detector._loaded = dataclasses.replace(score, inside=score.inside[:0], outliers=score.outliers[:0])
+        detector._chosen = score.calibration.alpha if config.alpha is None else None
         return detector
 
     @classmethod
@@ -315,28 +315,26 @@ class SDOOD(FeaturesDetector):
             chosen[rows[order[:count]].to(inside.device)] = True
         return chosen
 
-    def _reweighted(self, before: dict[str, Any]) -> Score:
-        """The loaded score under this alpha.
+    def _reweighted(self, before: dict[str, Any], score: Score) -> Score:
+        """A loaded score under this alpha.
 
         Args:
             before: The settings that it has.
+            score: The score.
 
         Raises:
             UsageError: Another setting changed, or alpha is to be chosen.
         """
-        assert self._loaded is not None and self.score_ is not None
         changed = {name: value for name, value in self.get_hyperparameters().items() if value != before[name]}
-        loaded = dataclasses.replace(self._loaded, inside=self.score_.inside, outliers=self.score_.outliers)
-        if changed.keys() == {"alpha"} and self.alpha == loaded.config.alpha:
-            return loaded
-        if changed.keys() != {"alpha"} or self.alpha is None:
+        alpha = self._chosen if self.alpha is None else self.alpha
+        if changed.keys() != {"alpha"} or alpha is None:
             raise UsageError(
                 "hyperparameters of a loaded detector",
                 changed,
                 "those it was fitted with, or another alpha alone",
                 "fit a new detector with these",
             )
-        return loaded.with_alpha(_plain(self.alpha))
+        return score.with_alpha(_plain(alpha))
 
     def _score(self, parts: tuple[Tensor, ...]) -> Score:
         inside, outliers = len(parts[0]), len(parts[1])
