@@ -152,8 +152,10 @@ class Comparators:
         own = {name: getattr(config.compare, name) for name in ("mscl_lr", "mscl_angular")}
         key = self._key({**own, "detector": self._settings(config.detector, self._pretrained)}, self._train.images)
         kept = _is_kept(path, key)
-        backbone = self._backbone(path if kept else self._pretrained)
-        if not kept:
+        backbone = self._backbone(None if kept else self._pretrained)
+        if kept:
+            backbone.load_state_dict(read_tensors(path))  # of the detector's input size, not of the model's own
+        else:
             backbone.freeze(config.detector.frozen_blocks)
             backbone, history = train_mscl(
                 self._train.images,
@@ -178,7 +180,7 @@ class Comparators:
         network = self._network("fake-it", binary(config.detector, self._pretrained, config.compare), outliers, fake_it_loss)
         return self._knn("fake-it", network.backbone)
 
-    def _backbone(self, weights: str | Path) -> Backbone:
+    def _backbone(self, weights: str | None) -> Backbone:
         own = self.run.config.detector
         return load_backbone(own.backbone, weights, pooling=own.pooling, input_size=own.input_size)
 

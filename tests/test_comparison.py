@@ -15,7 +15,9 @@ from sdood_plugin.cli import expand_shortcuts, main
 from sdood_plugin.comparison import Comparators
 from sdood_plugin.config import ClusteringConfig, CompareConfig, DetectorConfig
 from sdood_plugin.context import Context
+from sdood_plugin.detector.batches import Labelled
 from sdood_plugin.errors import UsageError
+from sdood_plugin.features import Backbone
 from sdood_plugin.run import run
 
 from .test_run import tiny_config
@@ -123,6 +125,18 @@ def test_mscl_on_a_frozen_backbone_is_refused_before_anything_is_trained(tmp_pat
             run(config, tmp_path / "run", only)
     assert not (tmp_path / "run").exists()
     assert run(config, tmp_path / "run", "cluster") == {"cluster": "ran"}
+
+
+def test_mscl_at_another_input_size_than_the_model_s_is_read_back_as_it_was_trained(tmp_path):
+    weights, images = tmp_path / "vit.safetensors", torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8)
+    write_tensors(weights, Backbone("test_vit").state_dict())
+    detector = DetectorConfig(backbone="test_vit", input_size=32, weights=str(weights), epochs=1)
+    config, scores = tiny_config(compare=CompareConfig(["mscl"]), detector=detector), []
+    for _ in range(2):
+        comparators = Comparators(Context(config, tmp_path), tmp_path)
+        comparators._train = Labelled(images, torch.zeros(12, dtype=torch.int64))
+        scores.append(comparators.fit(["mscl"])[0]([images])["mscl"][0])
+    torch.testing.assert_close(*scores)
 
 
 def test_fake_it_cannot_freeze_more_blocks_than_there_are(tmp_path):
