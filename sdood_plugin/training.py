@@ -99,9 +99,9 @@ def share(indices: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
 
 
 def initialised(make: Callable[[], Module], seed: int) -> Module:
-    """What `make` builds with its random weights drawn from `seed`; the global generator is left as it was."""
+    """What `make` builds on the CPU with its random weights drawn from `seed`; global generators are left as they were."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed reseeds the GPUs, too
         return make()
 
 

@@ -143,7 +143,8 @@ def test_accelerators():
             make_accelerator(RunConfig(device="cuda"))
 
 
-def test_random_weights_come_from_the_seed_and_leave_the_global_generator():
+def test_random_weights_come_from_the_seed_and_leave_the_global_generators(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _seed: pytest.fail("the GPUs' generators"))
     before = torch.get_rng_state()
     first, again, other = (initialised(lambda: torch.nn.Linear(3, 2), seed).weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
