@@ -25,7 +25,7 @@ from sdood_plugin.artifacts import TENSORS_SUFFIX, file_hash, read_json, read_te
 from sdood_plugin.errors import RunError, UsageError
 
 PART_BYTES = 15_000_000
-PARTS_A_CALL = 8  # what one call to a lent GPU brings back
+PARTS_A_CALL, BYTES_A_CALL = 8, 4 * PART_BYTES  # what one call to a lent GPU brings back
 SMALL_BYTES = 1_000_000  # folders with less share an archive
 LEFT_OUT = ("figures/", "report.html")
 IMAGES = (".png", ".webp")
@@ -89,9 +89,12 @@ def unpack(folder: Path, name: str, run: Path) -> None:
 
 def in_words(name: str, new: Sequence[Path]) -> str:
     """What `pack` did, and in how many calls the new files come back where one does not do."""
-    text = f"{name}: {len(new)} new files in {new[0].parent}, {sum(path.stat().st_size for path in new) / 1e6:.0f} MB"
-    if len(new) > PARTS_A_CALL:
-        text += f"; more than the {PARTS_A_CALL} that one call brings back, copy them in {-(-len(new) // PARTS_A_CALL)} calls"
+    size = sum(path.stat().st_size for path in new)
+    text = f"{name}: {len(new)} new files in {new[0].parent}, {size / 1e6:.0f} MB"
+    calls = max(-(-len(new) // PARTS_A_CALL), -(-size // BYTES_A_CALL))
+    if calls > 1:
+        most = f"{PARTS_A_CALL} files or {BYTES_A_CALL / 1e6:.0f} MB"
+        text += f"; more than the {most} that one call brings back, copy them in {calls} calls"
     return text
 
 

@@ -58,6 +58,8 @@ def test_what_is_packed_comes_back(made, tmp_path, monkeypatch):
     assert all(path.stat().st_size <= 1000 for path in new[1:])
     assert len([path for path in new if path.name.startswith("diffusion-")]) < 15  # 9 x 600 weights of two bytes
     assert f"{-(-len(new) // 8)} calls" in handover.in_words("run", new) and "calls" not in handover.in_words("run", new[:8])
+    monkeypatch.setattr(handover, "BYTES_A_CALL", 2000)
+    assert f"{-(-sum(path.stat().st_size for path in new[:8]) // 2000)} calls" in handover.in_words("run", new[:8])
     handover.unpack(tmp_path / "kept", "run", tmp_path / "again")
     assert _contents(tmp_path / "again") == {name: data for name, data in _contents(made).items() if name not in LEFT_OUT}
     for path, tensors in before.items():
