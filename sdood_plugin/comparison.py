@@ -107,21 +107,24 @@ class Comparators:
 
     def _posthoc(self, method: str) -> Scorer:
         assert method in POSTHOC
-        head, backbone, bank = self._reference.g_in, self._reference.backbone, self._reference_features
-        return lambda sets: {
-            method: posthoc_scores(
-                method, (bank, self._train.labels), head.weight, head.bias, [self._features(backbone, one) for one in sets]
-            )
-        }
+
+        def score(sets: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+            head, train = self._reference.g_in, (self._reference_features, self._train.labels)
+            queries = [self._features(self._reference.backbone, one) for one in sets]
+            return {method: posthoc_scores(method, train, head.weight, head.bias, queries)}
+
+        return score
 
     def _distance(self) -> Scorer:
         """Our distance term on the reference network: what the outliers add is the difference to `sdood-distance`."""
         scoring = self.run.config.scoring
         prepare = (lambda values: F.normalize(values, dim=1)) if scoring.normalise else (lambda values: values)
-        backbone, bank = self._reference.backbone, Bank(prepare(self._reference_features))
-        return lambda sets: {
-            "distance": [bank.nearest(prepare(self._features(backbone, one)), scoring.k_distance)[0].sum(dim=1) for one in sets]
-        }
+
+        def score(sets: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+            bank, features = Bank(prepare(self._reference_features)), partial(self._features, self._reference.backbone)
+            return {"distance": [bank.nearest(prepare(features(one)), scoring.k_distance)[0].sum(dim=1) for one in sets]}
+
+        return score
 
     def _oe_noise(self) -> Scorer:
         images = self._train.images
@@ -186,9 +189,9 @@ class Comparators:
 
     def _knn(self, name: str, backbone: Backbone) -> Scorer:
         """Two rows: the papers' score and, named -cosine, the same on features of unit length."""
-        bank = self._features(backbone, self._train.images)
 
         def score(sets: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+            bank = self._features(backbone, self._train.images)  # of no use to a stage that trains and scores nothing
             features = [self._features(backbone, one) for one in sets]
             return {
                 f"{name}{ending}": [knn_score(bank, one, unit_length=bool(ending)) for one in features]

@@ -72,6 +72,12 @@ def test_trained_comparators_are_not_trained_again(compared, monkeypatch):
         assert run(alone, folder, "compare")["train-comparators"] == "ran"
 
 
+def test_what_is_not_scored_is_not_embedded(compared, monkeypatch):
+    config, folder = compared
+    monkeypatch.setattr(Comparators, "_features", lambda *_: pytest.fail("features"))
+    assert len(Comparators(Context(config, folder), folder / "comparators").fit(config.compare.methods)) == 6
+
+
 @pytest.mark.parametrize(
     ("change", "trained"),
     [
