@@ -4,7 +4,9 @@ An item is done when its result has rows of all its seeds, methods, sizes and ce
 with were handed over; it is printed only when the items that it goes on from are done. Minutes are estimates for one modern
 GPU (the first measured time replaces the guess); an item that takes more than a slot of ten comes next again until it is
 whole, and goes on from its last checkpoint, comparator or cell. End a slot with `timeout -s INT 540 COMMAND`: what is
-finished is packed below results/handover/ in the minute that is left.
+finished is packed below results/handover/ in the minute that is left. Features are computed in float32; on a GPU
+`export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1` should make a transformer's several times as fast, and the exact search allows
+for the rounding.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 
 from sdood_plugin.artifacts import provenance, read_json, value_hash, write_json
 
+SETTINGS = ("OMP_NUM_THREADS", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")  # of the environment: threads, TF32 in float32 products
 RESULTS = Path(__file__).parent / "results"
 STARTED = time.time()
 ORIGIN = provenance(sys.argv)  # of the code that runs, which may not be that of the checkout hours later
@@ -27,10 +28,9 @@ def device_name(device: str = "auto") -> str:
 
 
 def command_line() -> str:
-    """The command that is running, to be pasted into a shell; with the number of threads where the environment says it."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    words = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    return f"OMP_NUM_THREADS={shlex.quote(threads)} {words}" if threads else words
+    """The command that is running, to be pasted into a shell; with what of the environment it depends on (`SETTINGS`)."""
+    given = [f"{name}={shlex.quote(os.environ[name])}" for name in SETTINGS if os.environ.get(name)]
+    return " ".join([*given, shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])])
 
 
 def config_hash(config: Any, data_root: Path = Path("data")) -> str:

@@ -21,19 +21,21 @@ from sdood_plugin.config import as_dict
 FACTS = {"data": {"train": 3}}
 
 
-def test_the_command_can_be_pasted_and_gives_the_same_words_and_threads(tmp_path, monkeypatch):
+def test_the_command_can_be_pasted_and_gives_the_same_words_and_environment(tmp_path, monkeypatch):
     script = tmp_path / "benchmarks" / "printing.py"
     script.parent.mkdir()
-    script.write_text("import os, sys\nprint(os.environ['OMP_NUM_THREADS'], sys.argv[1:])\n")
+    script.write_text(f"import os, sys\nprint(*map(os.environ.get, {record.SETTINGS}), sys.argv[1:])\n")
     words = ["--note", "two words, a 'quote' and $HOME", "--limit", "[1, 2]"]
     monkeypatch.setattr(sys, "argv", [str(script), *words])
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in zip(record.SETTINGS, "12", strict=True):
+        monkeypatch.setenv(name, value)
     command = record.command_line()
     (tmp_path / "python").symlink_to(sys.executable)
-    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name in record.SETTINGS:
+        monkeypatch.delenv(name)
     path = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": ""}
     said = subprocess.run(command, shell=True, cwd=tmp_path, env=path, capture_output=True, text=True, check=True)
-    assert said.stdout == f"1 {words}\n"
+    assert said.stdout == f"1 2 {words}\n"
     assert shlex.split(record.command_line()) == ["python", "-m", "benchmarks.printing", *words]
 
 
