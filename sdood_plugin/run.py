@@ -105,8 +105,12 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
         raise UsageError(
             "compare.methods", "mscl with detector.frozen_blocks all", "blocks to train", "leave it out: it would be dn2"
         )
-    if BY_NAME["compare"] in chosen and not config.data.ood:
-        raise UsageError("data.ood", "none", "OOD test sets to compare on", "give --data.ood, or leave `compare` out")
+    for name, some, wanted in (
+        ("data.ood", config.data.ood, "OOD test sets to compare on"),
+        ("compare.methods", config.compare.methods, "comparators"),
+    ):
+        if BY_NAME["compare"] in chosen and not some:
+            raise UsageError(name, "none", wanted, f"give --{name}, or leave `compare` out")
     _ = context.train_fingerprint, context.test_fingerprint
     to_train = {stage.name for stage in chosen if stage.name.startswith("train-") and not is_current(stage, context)}
     if "train-diffusion" in to_train or ("train-comparators" in to_train and "fake-it" in trained):

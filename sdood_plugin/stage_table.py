@@ -51,9 +51,9 @@ class Stage:
         return [BY_NAME[name] for name in self.needs if BY_NAME[name].wanted(config)]
 
 
-def _has_tests(config: RunConfig) -> bool:
-    """Whether there are OOD test sets, which comparators are compared on."""
-    return bool(config.data.ood)
+def _compares(config: RunConfig) -> bool:
+    """Whether there are comparators, and OOD test sets to compare them on."""
+    return bool(config.data.ood and config.compare.methods)
 
 
 STAGES = (
@@ -141,7 +141,7 @@ STAGES = (
         comparison.train_comparators,
         ("comparators",),
         keeps=True,
-        wanted=_has_tests,
+        wanted=_compares,
     ),
     Stage(
         "train-exposed",
@@ -156,7 +156,7 @@ STAGES = (
         comparison.train_exposed,
         ("exposed",),
         keeps=True,
-        wanted=lambda c: _has_tests(c) and any(method in comparison.EXPOSED for method in c.compare.methods),
+        wanted=lambda c: _compares(c) and any(method in comparison.EXPOSED for method in c.compare.methods),
     ),
     Stage(
         "evaluate",
@@ -180,7 +180,7 @@ STAGES = (
         comparison.compare,
         ("comparison",),
         True,
-        wanted=_has_tests,
+        wanted=_compares,
     ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}

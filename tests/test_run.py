@@ -700,11 +700,18 @@ def test_images_too_few_to_cluster_are_refused_before_anything_is_written(tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_without_ood_sets_no_comparator_is_trained(tmp_path):
+@pytest.mark.parametrize(
+    ("section", "absent", "message"),
+    [
+        ("data", {"ood": []}, r"data.ood: got none; expected OOD test sets"),
+        ("compare", {"methods": []}, r"compare.methods: got none; expected comparators"),
+    ],
+)
+def test_without_ood_sets_or_comparators_nothing_is_compared(tmp_path, section, absent, message):
     config = tiny_config()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, ood=[]))
+    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **absent)})
     names = {stage.name for stage in chosen_stages(config)}
     assert "evaluate" in names and not names & {"train-comparators", "train-exposed", "compare"}
-    with pytest.raises(UsageError, match=r"data.ood: got none; expected OOD test sets"):
+    with pytest.raises(UsageError, match=message):
         run(config, tmp_path / "run", "compare")
     assert not (tmp_path / "run").exists()
