@@ -88,8 +88,10 @@ def _resnet18_cifar() -> nn.Module:
 def _timm(name: str, pretrained: bool) -> tuple[nn.Module, int, tuple[float, ...], tuple[float, ...]]:
     import timm
 
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+    architecture, dot, _ = name.partition(".")
+    tagged = timm.list_models(f"{architecture}.*", include_tags=True) if dot else []
+    if not timm.is_model(name) or (dot and name not in tagged):
+        near = tagged[:5] or timm.list_models(f"*{name.split('_')[0]}*")[:5]
         raise UsageError(
             "backbone",
             name,

@@ -123,6 +123,8 @@ def test_the_weights_of_a_pooling_that_was_replaced_are_left_out(tmp_path, monke
 def test_an_unknown_backbone_is_refused_with_near_names():
     with pytest.raises(UsageError, match="resnet_18_cifr.*resnet"):
         Backbone("resnet_18_cifr")
+    with pytest.raises(UsageError, match=r"got test_vit\.mine; .*'test_vit\.r160_in1k'"):
+        Backbone("test_vit.mine")
 
 
 def test_timm_models_get_their_own_size_mean_and_deviation(pictures):
