@@ -160,8 +160,9 @@ def check_backbone(
     pooling: str = "own",
     input_size: int | None = None,
     frozen_blocks: int | Literal["all"] = 0,
+    layer_decay: float = 1.0,
 ) -> None:
-    """Make sure, at no cost, that `load_backbone`, `Backbone.freeze` and a forward pass will do.
+    """Make sure, at no cost, that `load_backbone`, `Backbone.freeze`, a forward pass and rates by layer will do.
 
     Raises:
         UsageError: What they would raise.
@@ -175,6 +176,8 @@ def check_backbone(
         if input_size is not None:
             backbone.resize_input(input_size)
         backbone.freeze(frozen_blocks)
+        if layer_decay < 1:
+            backbone.layers()
         side = backbone.input_size or 32
         with _naming_the_size(name, side):
             backbone.eval()(torch.empty(1, 3, side, side))

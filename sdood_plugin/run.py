@@ -97,6 +97,7 @@ def check_input(context: Context, chosen: list[Stage]) -> None:
         pooling=detector.pooling,
         input_size=detector.input_size,
         frozen_blocks=detector.frozen_blocks,
+        layer_decay=detector.layer_decay,
     )
     trained = config.compare.methods if BY_NAME["train-comparators"] in chosen else []
     if "fake-it" in trained and config.compare.fake_it_frozen_blocks is not None:

@@ -277,6 +277,12 @@ def test_checking_a_backbone_reads_no_more_than_the_file(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_rates_by_layer_of_a_network_whose_layers_timm_does_not_tell_are_refused_before_a_run():
+    check_backbone("poolformer_s12")
+    with pytest.raises(UsageError, match="backbone: got poolformer_s12; .*; set frozen_blocks 0 and layer_decay 1"):
+        check_backbone("poolformer_s12", layer_decay=0.9)
+
+
 def test_weights_of_the_hub(monkeypatch):
     import timm
 
