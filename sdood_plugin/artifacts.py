@@ -162,11 +162,23 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], info: Mapping
 
     with atomic_path(path) as temporary:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(info or {}))
+            save_file(_apart(tensors), temporary, dict(info or {}))
         except SafetensorError as error:  # how a full disk shows here
             raise OSError(str(error)) from error
         if info:
             _sort_metadata(temporary)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, those that share an earlier one's memory, as tied weights do, copied: the library takes none."""
+    found: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if place in places else own
+        places.add(place)
+    return found
 
 
 def _sort_metadata(path: Path) -> None:

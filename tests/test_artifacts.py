@@ -109,7 +109,11 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
 
 
 def test_tensors_survive_with_shape_and_type(tmp_path):
+    tied = torch.arange(4.0)
     tensors = {
+        "tied": tied,
+        "tied too": tied,
+        "part": tied[1:],
         "a": torch.arange(6).reshape(2, 3).T,
         "b": torch.tensor(1.5, dtype=torch.float64),
         "c": torch.empty(0, 4),
