@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sdood_plugin.errors import UsageError
 from sdood_plugin.neighbours import Bank, bank, candidates, cells, flat, nearest
@@ -348,6 +350,24 @@ def test_faiss_that_is_absent_is_named(monkeypatch):
     with pytest.raises(UsageError, match=r"faiss-cpu.*sdood_plugin\[faiss\]"):
         Bank(torch.zeros(2, 3), backend="faiss")
     assert nearest(torch.ones(1, 3), torch.zeros(2, 3), 1)[0].tolist() == [[3.0]]
+
+
+def test_preparing_a_flat_bank_makes_no_copy_of_it(generator, way):
+    if way == "cells":
+        pytest.skip("each cell has its rows")
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+            found = function(*arguments, **(settings or {}))
+            made = [one for one in tree_leaves(found) if isinstance(one, torch.Tensor)]
+            sizes.extend(one.nbytes for one in made if not one._is_view() and function is not torch.ops.aten.detach.default)
+            return found
+
+    features = torch.randn(1 << 17, 32, generator=generator)
+    with Sizes():
+        Bank(features)
+    assert sizes and max(sizes) <= features.nbytes / 2  # 65,536 rows at a time
 
 
 def test_an_empty_bank_is_refused():
