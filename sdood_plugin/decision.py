@@ -138,19 +138,19 @@ class Detector:
             batches: Image batches as `verdicts` takes them, or a DataLoader whose batches have the images first.
         """
         for batch in batches:
-            yield self.verdicts(batch if isinstance(batch, (torch.Tensor, ImageSet)) else batch[0])
+            yield self.verdicts(batch[0] if isinstance(batch, Sequence) else batch)
 
     def load_images(self, path: str | Path, root: str | None = None) -> ImageSet:
         """Images from a folder, imglist, CIFAR batches or .npz, resized as in training."""
         return sources.load_images(ImagesConfig(str(path), root), DataConfig(image_size=self.image_size), seed=0)
 
     def _checked(self, images: torch.Tensor) -> torch.Tensor:
-        size = self.image_size
-        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size) or not len(images):
+        size, given = self.image_size, isinstance(images, torch.Tensor)
+        if not given or images.dtype != torch.uint8 or images.shape[1:] != (3, size, size) or not len(images):
             raise UsageError(
                 "images",
-                f"{images.dtype} {tuple(images.shape)}",
-                f"uint8 (N, 3, {size}, {size}), N > 0",
+                f"{images.dtype} {tuple(images.shape)}" if given else type(images).__name__,
+                f"uint8 tensor (N, 3, {size}, {size}), N > 0",
                 "read them with detector.load_images",
             )
         return images

@@ -97,10 +97,24 @@ def test_one_image_at_a_time_or_a_stream_says_the_same(detector):
         torch.testing.assert_close(whole.score, streamed, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("images", [draw(2, 0).float(), draw(2, 0)[:, :2], draw(2, 0)[:, :, :4], draw(2, 0)[0], draw(2, 0)[:0]])
+@pytest.mark.parametrize(
+    "images",
+    [
+        draw(2, 0).float(),
+        draw(2, 0)[:, :2],
+        draw(2, 0)[:, :, :4],
+        draw(2, 0)[0],
+        draw(2, 0)[:0],
+        draw(2, 0).numpy(),
+        "photos",
+        {},
+    ],
+)
 def test_images_it_was_not_made_for_are_refused(detector, images):
     with pytest.raises(UsageError, match="expected uint8"):
         detector.score(images)
+    with pytest.raises(UsageError, match="expected uint8"):
+        next(detector.stream([images]))
 
 
 def test_an_image_whose_features_are_not_finite_is_named(detector, monkeypatch, tmp_path):
