@@ -182,7 +182,20 @@ def read_config(path: str | Path) -> RunConfig:
     """The configuration in a YAML file, checked like the command line's."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig, None)
-    return run_config(parser.instantiate(parser.parse_path(str(path))))
+    parsed = parser.parse_path(str(path))
+    _require_sections(parsed)
+    return run_config(parser.instantiate(parsed))
+
+
+def _require_sections(parsed: Namespace) -> None:
+    """Make sure that no section is there without its settings, as one is in YAML whose lines were all taken out.
+
+    Raises:
+        UsageError: One is.
+    """
+    for name in RunConfig.__dataclass_fields__:
+        if name in parsed and parsed[name] is None:
+            raise UsageError(f"{name} in the configuration", "nothing", "its settings", "give some, or take the line out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--config" in spelt and not any(word.startswith("--config") for word in given):
             print("settings not given here are those of the run folder's own config.yaml", file=sys.stderr)
         parsed = parser.parse_args(spelt)
+        _require_sections(parsed[parsed.command])
         chosen = parser.instantiate(parsed)[parsed.command]
         return _dispatch(parsed.command, chosen)
     except ArgumentError as error:

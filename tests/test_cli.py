@@ -15,6 +15,7 @@ from PIL import Image
 from sdood_plugin import Detector
 from sdood_plugin.cli import expand_shortcuts, main, read_config
 from sdood_plugin.config import RunConfig
+from sdood_plugin.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -89,6 +90,14 @@ def test_unknown_keys_in_a_file_are_named(tmp_path, capsys):
     (tmp_path / "bad.yml").write_text("detector: {epochz: 3}\n")
     assert main(["run", "--config", str(tmp_path / "bad.yml"), "--out", str(tmp_path / "out")]) == 2
     assert "detector.epochz" in capsys.readouterr().err
+
+
+def test_a_section_without_settings_is_named(tmp_path, capsys):
+    (tmp_path / "bad.yml").write_text("seed: 1\ndetector:\n  # lr: 0.1\n")
+    assert main(["run", "--config", str(tmp_path / "bad.yml"), "--out", str(tmp_path / "out")]) == 2
+    assert "detector in the configuration: got nothing; expected its settings" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="detector in the configuration: got nothing"):
+        read_config(tmp_path / "bad.yml")
 
 
 @pytest.mark.parametrize(("name", "instead"), [("images", "data.train.path"), ("labels", "clustering.labels")])
