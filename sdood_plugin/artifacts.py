@@ -210,7 +210,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except (SafetensorError, OSError) as error:
         raise RunError(
-            f"file {path}", error, "a whole safetensors file", "copy it again or run the stage that writes it again"
+            f"file {path}", error, "a whole safetensors file", "copy it again, or delete it and run the stage that writes it"
         ) from error
 
 

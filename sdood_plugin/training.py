@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -234,7 +235,11 @@ def _save(path: Path, key: str, step: int, history: dict[str, list[float]], stat
 def _resume(path: Path, key: str, state: Mapping[str, Stateful]) -> tuple[int, dict[str, list[float]]]:
     if not path.exists():
         return 0, {}
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        said = str(error).splitlines()[0] if str(error) else "an empty file"
+        raise RunError(f"file {path}", said, "a whole checkpoint", "delete it: the training starts again") from error
     if content["key"] != key:
         return 0, {}
     for name, item in state.items():

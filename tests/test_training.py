@@ -68,6 +68,15 @@ def test_resumes_from_a_checkpoint_of_its_own_key_only(tmp_path, accelerator, ke
     assert counter.seen == list(range(6)) and history == {"loss": [0, 1, 2, 3, 4, 5]}
 
 
+@pytest.mark.parametrize("keep", [0, 4, 300])
+def test_a_truncated_checkpoint_is_named(tmp_path, accelerator, keep):
+    path = tmp_path / "c.pt"
+    torch.save({"key": "k", "tensor": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RunError, match=r"c\.pt: got .*; expected a whole checkpoint; delete it"):
+        run(tmp_path, accelerator, Counter())
+
+
 def test_no_checkpoint_before_its_time(tmp_path, accelerator):
     run(tmp_path, accelerator, Counter(), seconds=1e9)
     assert not (tmp_path / "c.pt").exists()
