@@ -201,7 +201,7 @@ def _key_parts(stage: Stage, context: Context) -> dict[str, Any]:
             key_dict(value)
             if dataclasses.is_dataclass(value)
             else [as_dict(v) for v in value]
-            if isinstance(value, list)
+            if isinstance(value, tuple)
             else value
         )
     given = config.clustering.labels

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from sdood_plugin import Detector
 from sdood_plugin.cli import expand_shortcuts, main, read_config
-from sdood_plugin.config import RunConfig
+from sdood_plugin.config import ImagesConfig, OODConfig, RunConfig
 from sdood_plugin.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,22 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, said, tmp_path, caps
     error = capsys.readouterr().err.strip()
     assert said in error and "\n" not in error and error.startswith("sdood: error: ")
     assert not (tmp_path / "out").exists()  # nothing that a corrected command would remember
+
+
+def test_the_ood_sets_of_a_later_file_or_word_replace_those_of_an_earlier_one(tmp_path, capsys):
+    sets = {
+        "first": "[{name: a, group: near, images: {path: a, root: r, split: test, limit: 5}}]",
+        "second": "[{name: b, group: far, images: {path: b}}]",
+    }
+    for name, ood in sets.items():
+        (tmp_path / f"{name}.yml").write_text(f"data: {{ood: {ood}}}\n")
+    first = ["run", "--config", str(tmp_path / "first.yml")]
+    for later in (["--config", str(tmp_path / "second.yml")], ["--data.ood", sets["second"]]):
+        with pytest.raises(SystemExit):
+            main([*first, *later, "--print_config"])
+        printed = yaml.safe_load(capsys.readouterr().out)["data"]["ood"]
+        (tmp_path / "both.yml").write_text(yaml.safe_dump({"data": {"ood": printed}}))
+        assert read_config(tmp_path / "both.yml").data.ood == (OODConfig("b", "far", ImagesConfig("b")),)
 
 
 def test_unknown_keys_in_a_file_are_named(tmp_path, capsys):

@@ -31,7 +31,7 @@ def require_types(name: str, config: Any) -> None:
 
     Args:
         name: What users call a setting, with {} in place of the field's name.
-        config: The dataclass; its fields are plain values, dataclasses, or lists, unions or literals of them.
+        config: The dataclass; its fields are plain values, dataclasses, or lists, tuples, unions or literals of them.
     """
     for field, hint in get_type_hints(type(config)).items():
         value = getattr(config, field)
@@ -44,8 +44,8 @@ def _is_a(value: object, hint: Any) -> bool:
         return any(type(value) is type(part) and value == part for part in parts)
     if kind in (Union, types.UnionType):
         return any(_is_a(value, part) for part in parts)
-    if kind is list:
-        return isinstance(value, list) and all(_is_a(one, parts[0]) for one in value)
+    if kind in (list, tuple):
+        return isinstance(value, kind) and all(_is_a(one, parts[0]) for one in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -53,7 +53,7 @@ def _is_a(value: object, hint: Any) -> bool:
 
 def _in_words(hint: Any) -> str:
     kind, parts = get_origin(hint), get_args(hint)
-    if kind is list:
+    if kind in (list, tuple):
         return f"a list, each {_in_words(parts[0])}"
     if not parts:
         return _WORDS.get(hint, hint.__name__)

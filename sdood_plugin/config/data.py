@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from .check import require, require_types
@@ -66,7 +66,7 @@ class DataConfig:
     Args:
         train: Unlabelled in-distribution images.
         test: In-distribution test images; null holds a fifth of `train` out for testing when there are OOD sets.
-        ood: OOD test sets; they are only ever scored.
+        ood: OOD test sets; they are only ever scored. A later configuration's replace an earlier one's, all together.
         image_size: Side in pixels all images are resized and centre-cropped to; null keeps the images' own size,
             which must then be one and the same.
         heldout_fraction: Share of `train` kept from the diffusion model's and the detector's training, for alpha and the
@@ -79,7 +79,7 @@ class DataConfig:
 
     train: ImagesConfig = ImagesConfig("demo")
     test: ImagesConfig | None = None
-    ood: list[OODConfig] = field(default_factory=list)
+    ood: tuple[OODConfig, ...] = ()  # the command line would fill up the items of a list from those of an earlier one
     image_size: int | None = 32
     heldout_fraction: float = 0.1
     demo_rho: float = 0.95
@@ -87,6 +87,8 @@ class DataConfig:
     demo_left_out: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.ood, list):
+            object.__setattr__(self, "ood", tuple(self.ood))
         require_types("data.{}", self)
         require(self.image_size is None or 8 <= self.image_size <= 1024, "data.image_size", self.image_size, "8 to 1024, or null")
         require(0 < self.heldout_fraction < 1, "data.heldout_fraction", self.heldout_fraction, "a fraction above 0 and below 1")
