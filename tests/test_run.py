@@ -212,7 +212,7 @@ def test_a_run_that_an_earlier_version_calibrated_is_calibrated_again_and_nothin
     bank = read_tensors(copy / "detector" / "bank.safetensors")
     bank["heldout"] = bank.pop("heldout_distance") + said["calibration"]["alpha"] * bank.pop("heldout_votes")
     write_tensors(copy / "detector" / "bank.safetensors", bank)
-    with pytest.raises(RunError, match="run `sdood train-detector` on that run folder again"):
+    with pytest.raises(RunError, match="delete score.json and run `sdood train-detector` on that run folder"):
         load_score(copy / "detector")
     outcome = run(tiny_config(), copy, "evaluate")
     assert {name for name, done in outcome.items() if done == "ran"} == {"calibrate"}  # to the same bytes: nothing after it
