@@ -1,8 +1,8 @@
 """How far a set of images is from the training images, in the space of a named feature extractor.
 
-Frechet distance (Heusel et al., NeurIPS 2017) and kernel distance (Binkowski et al., ICLR 2018) are torch-fidelity's, on the
-CPU; they are called FID and KID only where the features are those of the Inception network of the FID paper. Precision and
-recall (Kynkaanniemi et al., NeurIPS 2019) compare every image with every other, so they are computed where the features lie.
+The figures are torch-fidelity's: Frechet distance (Heusel et al., NeurIPS 2017), kernel distance (Binkowski et al., ICLR
+2018), precision and recall (Kynkaanniemi et al., NeurIPS 2019). They are called FID and KID only where the features are
+those of the Inception network of the FID paper.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from ..features import extract, load_backbone
 
 log = logging.getLogger(__name__)
 INCEPTION = "Inception-v3 (FID)"
-_ROWS = 2048  # whose distances to a whole set are held at once
 
 
 class Features(NamedTuple):
@@ -115,6 +114,7 @@ def distances(made: torch.Tensor, real: torch.Tensor, features: str, config: Ins
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     first, second = made.double().cpu(), real.double().cpu()
     smallest = min(len(first), len(second))
@@ -129,14 +129,7 @@ def distances(made: torch.Tensor, real: torch.Tensor, features: str, config: Ins
     values = kid_features_to_metric(first, second, kid_subsets=subsets, kid_subset_size=size, verbose=False)
     found |= {kernel: values[KEY_METRIC_KID_MEAN], f"{kernel}_std": values[KEY_METRIC_KID_STD]}
     if smallest > config.neighbours:
-        found |= {"precision": _share_near(made, real, config.neighbours), "recall": _share_near(real, made, config.neighbours)}
+        both = made.double(), real.double()  # every image is compared with every other: where the features lie
+        shares = prc_features_to_metric(*both, prc_neighborhood=config.neighbours, save_cpu_ram=True, verbose=False)
+        found |= {"precision": 100 * shares[KEY_METRIC_PRECISION], "recall": 100 * shares[KEY_METRIC_RECALL]}
     return found
-
-
-def _share_near(points: torch.Tensor, centres: torch.Tensor, neighbours: int) -> float:
-    """Per cent of the points that are no farther from some centre than its k-th nearest other centre; float (N, D), (M, D)."""
-    points, centres = points.double(), centres.double()
-    parts = centres.split(_ROWS)
-    radii = torch.cat([torch.cdist(part, centres).kthvalue(neighbours + 1, dim=1).values for part in parts])  # itself is one
-    near = torch.cat([(torch.cdist(part, centres) <= radii).any(dim=1) for part in points.split(_ROWS)])
-    return 100.0 * float(near.double().mean())

@@ -42,5 +42,8 @@ def load_score(folder: Path, device: torch.device | str = "cpu") -> Score:
         return Score(banks["inside"].to(device), banks["outliers"].to(device), config, calibration, heldout)
     except (KeyError, TypeError) as error:
         raise RunError(
-            f"score in {folder}", error, "the files of this version", "delete score.json and run `sdood train-detector` on that run folder"
+            f"score in {folder}",
+            error,
+            "the files of this version",
+            "delete score.json and run `sdood train-detector` on that run folder",
         ) from error
