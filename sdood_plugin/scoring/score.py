@@ -148,10 +148,12 @@ def fit_score(
         heldout_controls: float (R, D), same-class controls made of the held-out images.
 
     Raises:
-        UsageError: Features that are not finite, classes of another number, or a k larger than its bank.
+        UsageError: Features that are not finite, no held-out images, classes of another number, or a k larger than its bank.
         RunError: Half of the held-out images are in the bank, or as near to it as rounding is.
     """
     controls = heldout_inside[:0] if heldout_controls is None else heldout_controls
+    if not len(heldout_inside):
+        raise UsageError("held-out in-distribution features", "none", "one or more", "hold out images that no training sees")
     classes = _known_classes((outlier_classes, heldout_classes), (outliers, heldout_outliers))
     names = ("in-distribution", "outlier", "held-out in-distribution", "held-out outlier", "held-out control")
     given = zip(names, (inside, outliers, heldout_inside, heldout_outliers, controls), strict=True)

@@ -532,3 +532,8 @@ def test_a_feature_that_is_not_finite_is_named_by_its_set_and_row(generator, ban
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(UsageError, match=f"scoring.{field}"):
         ScoringConfig(**{field: value})
+
+
+def test_held_out_images_are_needed(generator):
+    with pytest.raises(UsageError, match="held-out in-distribution features: got none"):
+        fit_score(*(torch.randn(count, 4, generator=generator) for count in (20, 20, 0, 5)), ScoringConfig())
