@@ -23,8 +23,9 @@ class RunConfig:
     Args:
         seed: Root seed every other seed is derived from.
         device: `auto` takes a GPU where there is one.
-        precision: Of training and sampling; `auto` is bf16 on a GPU and float32 on a CPU. What is done stays done when it
-            changes, but an outlier set is made in one precision.
+        precision: Of training and sampling; `auto` is bf16 on a GPU and float32 on a CPU, where bf16 is the faster one if the
+            processor has instructions for it (AVX512-BF16, AMX). What is done stays done when it changes, but an outlier set
+            is made in one precision.
         checkpoint_seconds: How often a training writes a checkpoint it can resume from.
         report: Draw figures and write report.html.
         data: The images.
