@@ -212,6 +212,7 @@ def simulated_cuda() -> Iterator[SimulatedDevice]:
         stack.enter_context(mock.patch.object(torch.Tensor, "numpy", _numpy(torch.Tensor.numpy)))
         stack.enter_context(mock.patch.object(torch.autocast, "__init__", _autocast(torch.autocast.__init__)))
         for state in (AcceleratorState, PartialState):
+            stack.callback(state._shared_state.update, dict(state._shared_state))  # of those who made theirs before
             state._reset_state()
             stack.callback(state._reset_state)
         yield stack.enter_context(device)
