@@ -14,9 +14,9 @@ import torch
 BLOCK = 4096  # bank rows of one matrix product: its operands and its result stay in a processor's cache
 GROUP = 7  # products that share one list of minima; of 512 queries in bfloat16 less than the 32 MiB that malloc keeps
 FOLD = 4  # rows of one block that share a minimum
-MOST = 512  # candidates beyond k, of one query, that are looked at
-SPARE = 24  # of these always; faiss is asked for no more at first
-WORTH = 64  # rows that are multiplied more exactly in the time that the distance to one takes
+MOST = 512  # candidates beyond k, of one query, that are looked at at most
+SPARE = 24  # that are always looked at; faiss is asked for so many at first
+WORTH = 64  # rows that can be multiplied more exactly in the time that one candidate takes
 _PADDING = float("inf")  # "squared distance" of rows that fill up the last block
 _PARTS = {torch.bfloat16: 3, torch.float32: 1, torch.float64: 1}  # summands a squared norm is split into, exactly
 _RELATIVE = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-22, torch.float64: 2.0**-51}  # rounding of the result, at least
