@@ -33,6 +33,8 @@ class Calibration:
         votes: Mean votes of the held-out `ID`, `controls`, `outliers` and, without their own class in the bank, `outliers of
             other classes`, as far as they are there.
         heldout: Numbers of held-out ID images, outliers and controls.
+        reduction: What smaller banks cost: AUROC, per cent, of held-out outliers against held-out images under the `whole` banks
+            and under the `reduced` ones; empty without held-out outliers and where the banks are whole.
     """
 
     distance_scale: float
@@ -40,6 +42,7 @@ class Calibration:
     curve: list[list[float]]
     votes: dict[str, float]
     heldout: list[int]
+    reduction: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -176,14 +179,22 @@ def fit_score(
         bank if bank is whole_bank else _prepare(bank, config.normalise)
         for bank, whole_bank in zip(reduce_banks(first, config.bank_size, config.k_distance), first, strict=True)
     )
+    reduction = {}
     if inside is not first[0] or outliers is not first[1]:
-        near = _terms(heldout_inside, _banks(inside, outliers, config), config)
+        sides = {"whole": (near.over(scale), found["outliers"].over(scale))}
+        small = _banks(inside, outliers, config)
+        near = _terms(heldout_inside, small, config)
         scale = _scale(near, heldout_inside, config)
+        if len(found["outliers"].votes):
+            sides["reduced"] = near.over(scale), _terms(heldout_outliers, small, config).over(scale)
+            reduction = {name: _auroc([id_terms], ood_terms, alpha) for name, (id_terms, ood_terms) in sides.items()}
+            said = "banks reduced to %d rows: AUROC of held-out outliers %.2f, with the whole banks %.2f"
+            log.info(said, len(inside) + len(outliers), reduction["reduced"], reduction["whole"])
     votes = {name: float(terms.votes.mean()) for name, terms in found.items() if len(terms.votes)}
     _warn_of_votes(votes, config.k_vote)
     counts = [len(heldout_inside), len(heldout_outliers), len(controls)]
     heldout = Terms(*(term.cpu() for term in near.over(scale)))
-    return Score(inside, outliers, config, Calibration(scale, alpha, curve, votes, counts), heldout)
+    return Score(inside, outliers, config, Calibration(scale, alpha, curve, votes, counts, reduction), heldout)
 
 
 def _scale(near: Terms, heldout: torch.Tensor, config: ScoringConfig) -> float:
@@ -247,12 +258,17 @@ def _choose_alpha(inside: list[Terms], outside: Terms, config: ScoringConfig) ->
         return config.alpha or 0.0, []
     curve: list[list[float]] = []
     for candidate in sorted(config.alphas) if config.alpha is None else [config.alpha]:
-        sides = (torch.cat([one.distance + candidate * one.votes for one in side]).cpu() for side in (inside, [outside]))
-        curve.append([candidate, detection_metrics(*sides)["auroc"]])
+        curve.append([candidate, _auroc(inside, outside, candidate)])
     best = max(auroc for _, auroc in curve)
     counts = sum(len(one.votes) for one in inside), len(outside.votes)
     allowed = best - auroc_standard_error(min(best, 100 - 50 / min(counts)), *counts)  # half an image is never known to be right
     return next(candidate for candidate, auroc in curve if auroc >= allowed), curve
+
+
+def _auroc(inside: list[Terms], outside: Terms, alpha: float) -> float:
+    """AUROC, per cent, of the terms' scores under an alpha."""
+    sides = (torch.cat([one.distance + alpha * one.votes for one in side]).cpu() for side in (inside, [outside]))
+    return detection_metrics(*sides)["auroc"]
 
 
 def _warn_of_votes(votes: dict[str, float], k_vote: int) -> None:

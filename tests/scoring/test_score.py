@@ -12,6 +12,7 @@ import torch
 from sdood_plugin.artifacts import read_json, write_json, write_tensors
 from sdood_plugin.config import ScoringConfig
 from sdood_plugin.errors import RunError, UsageError
+from sdood_plugin.metrics import detection_metrics
 from sdood_plugin.neighbours import Bank
 from sdood_plugin.scoring import score as score_module
 from sdood_plugin.scoring import terms as terms_module
@@ -506,9 +507,12 @@ def test_a_bank_is_reduced_by_one_factor_to_centres_of_unit_length(generator):
     assert len(first.inside) + len(first.outliers) == 40 and torch.equal(first.inside, second.inside)
     torch.testing.assert_close(first.inside.norm(dim=1), torch.ones(30))
     assert all(torch.equal(*pair) for pair in zip(first.heldout, first.terms(near), strict=True))
-    whole = fit_score(inside, outliers, near, far, ScoringConfig()).calibration
+    big = fit_score(inside, outliers, near, far, ScoringConfig())
+    whole = big.calibration
     assert (first.calibration.curve, first.calibration.votes) == (whole.curve, whole.votes)
     assert first.calibration.distance_scale != whole.distance_scale
+    cost = {name: detection_metrics(one(near), one(far))["auroc"] for name, one in {"whole": big, "reduced": first}.items()}
+    assert first.calibration.reduction == pytest.approx(cost) and cost["whole"] != cost["reduced"] and not whole.reduction
 
 
 @pytest.mark.parametrize(("images", "made", "size", "kept"), [(10, 1000, 5, 2), (100, 1000, 10, 2), (1, 30, 5, 1)])
