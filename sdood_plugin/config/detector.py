@@ -91,7 +91,7 @@ class ScoringConfig:
         alphas: Candidates for alpha.
         false_alarm_rate: Share of in-distribution images the decision threshold may reject.
         bank_size: Rows of both banks together at most, by k-means centres in place of images, k_distance or more of them
-            in-distribution; null keeps every image.
+            in-distribution; null keeps every image. What it costs on held-out images stands in score.json.
         backend: Neighbour search by `torch`, by `faiss`, or by the faster one that is there (`auto`); the answer is the same.
     """
 
