@@ -280,6 +280,8 @@ def _begin(folder: Path, seed: int, start_from: str | None, hand_over: bool) -> 
         shutil.copytree(folder.with_name(other), folder)
     elif start_from is not None and (store / f"{other}.json").exists():
         unpack(store, other, folder)
+    elif start_from is not None:
+        print(f"{other}: neither a run folder nor a handover of it; {folder.name} begins anew")
 
 
 def _missing(options: Options, wanted: Sequence[dict[str, Any]], rows: Rows) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -167,3 +167,9 @@ def test_a_slot_that_is_cut_off_hands_over_what_it_finished_and_the_next_begins_
     with handed_over(other, RunConfig(), "table1-gpu-a", True):
         assert (other / "labels.csv").read_text() == "made"
     assert not folder.exists()
+
+
+def test_a_result_to_start_from_that_left_nothing_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiment, "RESULTS", tmp_path / "results")
+    with handed_over(tmp_path / "table4-gpu-0", RunConfig(), "tabel1-gpu", False):
+        assert capsys.readouterr().out.startswith("tabel1-gpu-0: neither a run folder nor a handover")
